@@ -1,0 +1,185 @@
+"""The key/value cache: what every position left behind for the positions after it, and nothing else passes between them.
+
+An entry is written once and never changes. A call appends: it writes its T new slots layer by layer, reads what its mask
+allows, and commits; a call that raises leaves the cache as it was. Slot s holds position s.
+
+How it lies in memory is this page's business (and that of `kernels.attention`, which reads it in place):
+
+    key   of slot s, key/value head g, feature i:  key_blocks[layer][g, s // BLOCK, i, s % BLOCK]
+    value of slot s, key/value head g, feature i:  value_rows[layer][g, s, i]
+
+A block of BLOCK keys lies feature by feature, so that one vector instruction scores neighbouring slots; a value lies
+slot by slot, so that one instruction adds neighbouring features. Example: slot 70's feature 3 is [g, 2, 3, 6].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanokv import safetensors_file
+from nanokv.config import Config
+from nanokv.errors import CacheError, ContextFullError, UnwrittenSlotError
+
+if TYPE_CHECKING:
+    from nanokv.transformer import Transformer
+
+BLOCK = 32  # slots in a block of keys; features of a value are padded to a multiple of it, so that rows are whole vectors
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one attention call asks the cache for: position start + t reads slots first[t] to stop[t] - 1 of its layer."""
+
+    layer: int
+    start: int  # the first of the T positions that read
+    kv_head: np.ndarray  # int32 [H]: the key/value head that each query head reads
+    first: np.ndarray  # int32 [T]
+    stop: np.ndarray  # int32 [T]
+
+    @property
+    def count(self) -> int:
+        """R: how many pairs of a position and a slot that it reads."""
+        return int((self.stop - self.first).sum())
+
+    def mask(self) -> np.ndarray:
+        """bool [T, S]: which slots each of the T positions reads."""
+        slot = np.arange(self.stop.max())
+        return (self.first[:, None] <= slot) & (slot < self.stop[:, None])
+
+
+class KVCache:
+    """Keys and values of one sequence, with its token ids and its last logits, so that generation can go on from it."""
+
+    def __init__(self, config: Config, dtype: np.dtype | type = np.float32) -> None:
+        self.config = config
+        self.dtype = np.dtype(dtype)
+        self.tokens = np.zeros(0, np.int32)  # int32 [S]
+        self.last_logits: np.ndarray | None = None  # float32 [V]: what the last position predicts
+        self.steps = 0  # calls so far
+        self._written = [0] * config.n_layers  # slots written so far; ahead of length inside a call
+        padded = -(-config.head_dim // BLOCK) * BLOCK
+        self.key_blocks = [np.zeros((config.n_kv_heads, 0, config.head_dim, BLOCK), dtype) for _ in self._written]
+        self.value_rows = [np.zeros((config.n_kv_heads, 0, padded), dtype) for _ in self._written]
+
+    @property
+    def length(self) -> int:
+        """S: the positions in the cache."""
+        return len(self.tokens)
+
+    def keys(self, layer: int) -> np.ndarray:
+        """[S, G, hd], read-only: the keys of a layer, after RoPE."""
+        blocks, s = self.key_blocks[layer], self._written[layer]
+        keys = blocks[:, : -(-s // BLOCK)].transpose(1, 3, 0, 2)
+        return _read_only(keys.reshape(-1, *keys.shape[2:])[:s])
+
+    def values(self, layer: int) -> np.ndarray:
+        """[S, G, hd], read-only: the values of a layer."""
+        return _read_only(self.value_rows[layer][:, : self._written[layer], : self.config.head_dim].transpose(1, 0, 2))
+
+    @contextmanager
+    def step(self, n_new: int) -> Iterator[int]:
+        """One call: makes room for n_new positions and gives the first of them; without a commit all is undone."""
+        start = self.length
+        if start + n_new > self.config.n_ctx:
+            raise ContextFullError(f"{start} positions are in the cache and {n_new} more were given, but the model's context "
+                                   f"has {self.config.n_ctx}: give fewer tokens, or begin a new cache")  # fmt: skip
+        self._reserve(start + n_new)
+        try:
+            yield start
+        finally:
+            self._written = [self.length] * self.config.n_layers
+
+    def write(self, layer: int, start: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Append k and v [T, G, hd] as slots start to start + T - 1 of a layer: the next ones, each once."""
+        n = len(k)
+        if start != self._written[layer]:
+            raise CacheError(f"layer {layer}: slot {start} was given to write, but {self._written[layer]} is the next; "
+                             "an entry is written once, in order, and never again")  # fmt: skip
+        if start + n > self.value_rows[layer].shape[1]:
+            raise ContextFullError(f"layer {layer}: slots up to {start + n - 1} were given to write, past the end of the cache")
+        for block in range(start // BLOCK, -(-(start + n) // BLOCK)):
+            low, high = max(start, block * BLOCK), min(start + n, (block + 1) * BLOCK)
+            part = k[low - start : high - start].transpose(1, 2, 0)  # [G, hd, slots]
+            self.key_blocks[layer][:, block, :, low - block * BLOCK : high - block * BLOCK] = part
+        self.value_rows[layer][:, start : start + n, : v.shape[2]] = v.transpose(1, 0, 2)
+        self._written[layer] = start + n
+
+    def read(self, layer: int, start: int, n: int, kv_head: np.ndarray, window: int | None = None) -> Slots:
+        """The slots that positions start to start + n - 1 read: all up to their own, or the last `window` of these."""
+        stop = np.arange(start + 1, start + n + 1, dtype=np.int32)
+        if start + n > self._written[layer]:
+            raise UnwrittenSlotError(f"layer {layer}: slot {start + n - 1} was to be read, but only {self._written[layer]} "
+                                     "slots are written: write a call's keys and values before reading them")  # fmt: skip
+        first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
+        return Slots(layer, start, kv_head, first, stop)
+
+    def commit(self, tokens: np.ndarray, last_logits: np.ndarray) -> None:
+        """End a call well: its positions stay."""
+        expected = self.length + len(tokens)
+        if any(written != expected for written in self._written):
+            raise CacheError(f"a call of {len(tokens)} tokens must write slots up to {expected - 1} in every layer")
+        self.tokens = np.concatenate([self.tokens, tokens])
+        self.last_logits = last_logits.copy()
+        self.steps += 1
+
+    def copy(self) -> KVCache:
+        """An independent cache with the same contents."""
+        other = KVCache(self.config, self.dtype)
+        other.tokens, other.steps, other._written = self.tokens.copy(), self.steps, list(self._written)
+        other.last_logits = None if self.last_logits is None else self.last_logits.copy()
+        other.key_blocks = [blocks.copy() for blocks in self.key_blocks]
+        other.value_rows = [rows.copy() for rows in self.value_rows]
+        return other
+
+    def save(self, path: str | Path, model: Transformer) -> None:
+        """Write the cache to one safetensors file, which names the model by its hash; whole or not at all."""
+        arrays = {"tokens": self.tokens}
+        if self.last_logits is not None:
+            arrays["last_logits"] = self.last_logits
+        for layer in range(self.config.n_layers):
+            arrays[f"keys.{layer}"] = np.ascontiguousarray(self.keys(layer))
+            arrays[f"values.{layer}"] = np.ascontiguousarray(self.values(layer))
+        safetensors_file.save(path, arrays, {"format": _FORMAT, "model": model.fingerprint, "steps": str(self.steps)})
+
+    @staticmethod
+    def load(path: str | Path, model: Transformer) -> KVCache:
+        """Read a saved cache back. CacheError if another model made it, FileFormatError if it is no such file."""
+        arrays, metadata = safetensors_file.load(path, _FORMAT)
+        if metadata.get("model") != model.fingerprint:
+            raise CacheError(f"{path} holds the cache of another model (its hash begins {metadata.get('model', '')[:12]}, "
+                             f"this model's {model.fingerprint[:12]}): load the model that made it")  # fmt: skip
+        cache = model.new_cache()
+        n = len(arrays["tokens"])
+        with cache.step(n):
+            for layer in range(cache.config.n_layers):
+                cache.write(layer, 0, arrays[f"keys.{layer}"], arrays[f"values.{layer}"])
+            cache.commit(arrays["tokens"], arrays.get("last_logits", np.zeros(0, cache.dtype)))
+        cache.last_logits = arrays.get("last_logits")
+        cache.steps = int(metadata["steps"])
+        return cache
+
+    def _reserve(self, n: int) -> None:
+        """Room for n slots: doubled when it runs out, so that growing costs each slot one copy on average."""
+        have = self.value_rows[0].shape[1] // BLOCK
+        need = -(-n // BLOCK)
+        if need <= have:
+            return
+        more = max(need, 2 * have, 4) - have
+        for layer, (blocks, rows) in enumerate(zip(self.key_blocks, self.value_rows, strict=True)):
+            g, _, hd, _ = blocks.shape
+            self.key_blocks[layer] = np.concatenate([blocks, np.zeros((g, more, hd, BLOCK), self.dtype)], axis=1)
+            self.value_rows[layer] = np.concatenate([rows, np.zeros((g, more * BLOCK, rows.shape[2]), self.dtype)], axis=1)
+
+
+_FORMAT = "nanokv cache 1"
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
