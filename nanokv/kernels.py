@@ -1,0 +1,685 @@
+"""The operations of `ops.py`, compiled: same names, same signatures, and one fixed order for every sum and product.
+
+Every state, key, value, weight and logit of a position has the same 32 bits however the tokens were split into calls and
+however many threads ran, because the order in which one number is computed never depends on how many are computed beside
+it. Each operation's docstring says its order. `fma` rounds once; everything else rounds once per operation; nothing is
+contracted or reassociated. No BLAS: its order depends on the number of rows.
+
+A matrix is kept in panels of PANEL outputs, [N / PANEL][K][PANEL], so that vector lanes run over outputs and each output
+adds its products strictly in the order k = 0, 1, 2, ...; all panels of a model lie in one array, the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numba
+import numpy as np
+from numba import prange
+
+from nanokv.cache import BLOCK, KVCache, Slots
+from nanokv.microkernel import (
+    MAX_ROWS,
+    bits,
+    fma,
+    from_bits,
+    kernel,
+    row_max,
+    row_sum,
+    row_sum_of_squares,
+    tile,
+)
+from nanokv.ops import rope_table as rope_table  # the same table: its entries are defined, not computed in an order
+from nanokv.weights import Weights
+
+Array = np.ndarray
+PANEL = 48  # outputs of a panel: whole vectors on every machine
+TILE = 16  # positions that attention computes together
+F = np.float32
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+F1, F2, F3, F4, I1, I2 = "f4[::1]", "f4[:,::1]", "f4[:,:,::1]", "f4[:,:,:,::1]", "i4[::1]", "i8[:,::1]"
+
+
+# Weights in panels
+
+
+@dataclass(frozen=True, eq=False)
+class Arena:
+    """One array for all panels of a model, and the jobs that its matrices are used for."""
+
+    floats: Array  # float32
+    groups: dict[tuple[object, ...], Group] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A matrix [N, K] in an arena: panel p is the PANEL * K floats from `at + p * PANEL * K` on, output by output."""
+
+    arena: Arena
+    at: int
+    shape: tuple[int, int]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+        n, k = self.shape
+        panels = _view(self.arena.floats, self.at, n, k)
+        return panels.transpose(0, 2, 1).reshape(len(panels) * PANEL, k)[:n].astype(dtype or F)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Matrices that multiply the same x in one go."""
+
+    table: (
+        Array  # int64 [panels, 4]: where the panel lies, outputs of earlier matrices, its first output, outputs of its matrix
+    )
+    bias: Array  # float32 [all outputs], or empty
+    n_outputs: tuple[int, ...]
+
+
+def n_panels(n: int) -> int:
+    """Panels of a matrix with n outputs; those past n are 0."""
+    return -(-n // PANEL)
+
+
+def _view(floats: Array, at: int, n: int, k: int) -> Array:  # -> [panels, K, PANEL]
+    return floats[at : at + n_panels(n) * k * PANEL].reshape(n_panels(n), k, PANEL)
+
+
+def prepare(weights: Weights) -> Weights:
+    """The weights as these operations want them: matrices in panels, vectors as float32 of their own."""
+    distinct = {id(array): array for _, array in weights.items() if len(array.shape) == 2 and array is not weights.pos_embed}
+    arena = Arena(np.empty(sum(n_panels(n) * PANEL * k for n, k in (array.shape for array in distinct.values())), F))
+    at = 0
+
+    def prepared(array: Any) -> Any:
+        nonlocal at
+        if id(array) not in distinct:
+            return np.array(array, F)
+        panels = Panels(arena, at, tuple(array.shape))
+        _pack(np.asarray(array, F), _view(arena.floats, at, *panels.shape))
+        at += n_panels(panels.shape[0]) * PANEL * panels.shape[1]
+        return panels
+
+    return weights.map(prepared)
+
+
+def _pack(w: Array, panels: Array) -> None:  # [N, K], [panels, K, PANEL]
+    n, k = w.shape
+    whole = n // PANEL
+    panels[:whole] = w[: whole * PANEL].reshape(whole, PANEL, k).transpose(0, 2, 1)
+    if n % PANEL:
+        panels[whole] = 0
+        panels[whole, :, : n % PANEL] = w[whole * PANEL :].T
+
+
+def _group(ws: Sequence[Panels], bs: Sequence[Array | None]) -> Group:
+    key = (*((w.at, w.shape) for w in ws), *map(id, bs))
+    groups = ws[0].arena.groups
+    if key not in groups:
+        outputs = tuple(w.shape[0] for w in ws)
+        before = np.cumsum((0, *outputs))
+        rows = [
+            (w.at + p * PANEL * w.shape[1], before[m], p * PANEL, outputs[m])
+            for m, w in enumerate(ws)
+            for p in range(n_panels(outputs[m]))
+        ]
+        bias = [np.zeros(n, F) if b is None else b for n, b in zip(outputs, bs, strict=True)]
+        none = all(b is None for b in bs)
+        groups[key] = Group(np.array(rows, np.int64).reshape(-1, 4), np.zeros(0, F) if none else np.concatenate(bias), outputs)
+    return groups[key]
+
+
+# Single numbers
+
+
+@numba.njit(inline="always", **OPTIONS)
+def exp(x):
+    """e^x, within 0.9 units in the last place. n = round(x / ln 2) by adding and taking away 1.5 * 2^23; r = x - n ln 2 in
+    two fma; a polynomial of degree 6 in r; then times 2^(n >> 1) and 2^(n - (n >> 1)). 0 below -104."""
+    x = F(-105) if x < F(-105) else x
+    x = F(89) if x > F(89) else x
+    t = fma(x, F(1.44269504), F(12582912.0))
+    n = t - F(12582912.0)
+    r = fma(n, F(-0.693147182), x)
+    r = fma(n, F(1.90465421e-9), r)
+    p = F(0.00138140086)
+    p = fma(p, r, F(0.00836900063))
+    p = fma(p, r, F(0.0416684151))
+    p = fma(p, r, F(0.166665182))
+    p = fma(p, r, F(0.49999994))
+    p = fma(p, r, F(1.0))
+    p = fma(p, r, F(1.0))
+    whole = bits(t) - bits(F(12582912.0))
+    half = whole >> np.int32(1)
+    return p * from_bits((half + np.int32(127)) << np.int32(23)) * from_bits((whole - half + np.int32(127)) << np.int32(23))
+
+
+@numba.njit(inline="always", **OPTIONS)
+def tanh(x):
+    """tanh x, within 1.4 units in the last place. |x| < 0.6: x + x s P(s), s = x^2; else 1 - 2 / (exp(2|x|) + 1), signed."""
+    a = abs(x)
+    large = F(1.0) - F(2.0) / (exp(a + a) + F(1.0))
+    s = x * x
+    p = F(-0.00589515036)
+    p = fma(p, s, F(0.0207959637))
+    p = fma(p, s, F(-0.0537838265))
+    p = fma(p, s, F(0.133319244))
+    p = fma(p, s, F(-0.333332986))
+    small = fma(p * s, x, x)
+    return small if a < F(0.6) else (-large if x < F(0.0) else large)
+
+
+@numba.njit(inline="always", **OPTIONS)
+def erf(x):
+    """erf x, within 1.2 units in the last place. |x| < 0.92: x + x P(x^2); else 1 - exp(-Q(|x|)), signed; 1 from 4 on."""
+    a = abs(x)
+    a = F(4.0) if a > F(4.0) else a
+    s = x * x
+    p = F(8.31677244e-05)
+    p = fma(p, s, F(-0.000813001185))
+    p = fma(p, s, F(0.00519990642))
+    p = fma(p, s, F(-0.0268589407))
+    p = fma(p, s, F(0.112836875))
+    p = fma(p, s, F(-0.376126319))
+    p = fma(p, s, F(0.128379166))
+    small = fma(p, x, x)
+    q = F(7.37456389e-07)
+    q = fma(q, a, F(1.13113501e-05))
+    q = fma(q, a, F(-0.000378849683))
+    q = fma(q, a, F(0.0039941012))
+    q = fma(q, a, F(-0.0247745123))
+    q = fma(q, a, F(0.107858211))
+    q = fma(q, a, F(0.633663297))
+    q = fma(q, a, F(1.12938178))
+    q = fma(q, a, F(-0.000150613705))
+    large = F(1.0) - exp(-q)
+    return small if a < F(0.92) else (-large if x < F(0.0) else large)
+
+
+@numba.njit(inline="always", **OPTIONS)
+def silu(x):
+    """x / (1 + exp(-x))."""
+    return x / (F(1.0) + exp(-x))
+
+
+@numba.njit(inline="always", **OPTIONS)
+def gelu_tanh(x):
+    """(x / 2) (1 + tanh(x fma(0.0356774081, x^2, 0.797884561))); the constants are 0.044715 sqrt(2/pi) and sqrt(2/pi)."""
+    return F(0.5) * x * (F(1.0) + tanh(x * fma(F(0.0356774081), x * x, F(0.797884561))))
+
+
+@numba.njit(inline="always", **OPTIONS)
+def gelu(x):
+    """(x / 2) (1 + erf(x * 0.707106781))."""
+    return F(0.5) * x * (F(1.0) + erf(x * F(0.707106781)))
+
+
+# Matrix products
+
+
+def _rows_of(columns):
+    """A function for tiles of so many columns: y[r, c] = fma(x[r, k], w[k, c], y[r, c]), k ascending, for n_rows rows."""
+
+    @numba.njit(**OPTIONS)
+    def rows(x, x_at, x_row, n_rows, w, w_at, w_row, n_k, y, y_at, y_row):
+        while n_rows >= MAX_ROWS:
+            tile(MAX_ROWS, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
+            x_at, y_at, n_rows = x_at + MAX_ROWS * x_row, y_at + MAX_ROWS * y_row, n_rows - MAX_ROWS
+        if n_rows >= 4:
+            tile(4, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
+            x_at, y_at, n_rows = x_at + 4 * x_row, y_at + 4 * y_row, n_rows - 4
+        if n_rows >= 2:
+            tile(2, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
+            x_at, y_at, n_rows = x_at + 2 * x_row, y_at + 2 * y_row, n_rows - 2
+        if n_rows >= 1:
+            tile(1, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
+
+    return rows
+
+
+_panel_rows, _block_rows = _rows_of(PANEL), _rows_of(BLOCK)
+
+
+@numba.njit(**OPTIONS)
+def _panel(x, n_rows, n_k, floats, job, bias, y):
+    """One panel of one matrix: its columns of y [T, N], which lies in the flat y after the outputs of earlier matrices."""
+    at, before, column, n = job
+    columns = min(PANEL, n - column)
+    sums = np.zeros(n_rows * PANEL, F)
+    _panel_rows(x, 0, n_k, n_rows, floats, at, PANEL, n_k, sums, 0, PANEL)
+    if len(bias) > 0:
+        for i in range(n_rows):
+            for c in range(columns):
+                sums[i * PANEL + c] += bias[before + column + c]
+    for i in range(n_rows):
+        y_at = n_rows * before + i * n + column
+        for c in range(columns):
+            y[y_at + c] = sums[i * PANEL + c]
+
+
+@kernel(f"void({F2},{F1},{I2},{F1},{F1})")
+def _linears(x, floats, table, bias, y):
+    for p in range(len(table)):
+        _panel(x, x.shape[0], x.shape[1], floats, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
+
+
+@kernel(f"void({F2},{F1},{I2},{F1},{F1})", parallel=True)
+def _linears_parallel(x, floats, table, bias, y):
+    for p in prange(len(table)):
+        _panel(x, x.shape[0], x.shape[1], floats, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
+
+
+def linear(x: Array, w: Panels, b: Array | None = None) -> Array:  # [T, K], [N, K], [N] -> [T, N]
+    """y = x W^T + b. y[n] starts at 0 and takes fma(x[k], w[n, k], y[n]) for k = 0, 1, ...; then b[n] is added."""
+    return linears(x, (w,), (b,))[0]
+
+
+def linears(x: Array, ws: Sequence[Panels], bs: Sequence[Array | None]) -> list[Array]:
+    """Several linear maps of the same x: [T, N] for each."""
+    group = _group(ws, bs)
+    t, total = len(x), sum(group.n_outputs)
+    y = np.empty(t * total, F)
+    run = _linears_parallel if x.size * total >= PARALLEL_WORK else _linears
+    run(x, ws[0].arena.floats, group.table, group.bias, y)
+    results, at = [], 0
+    for n in group.n_outputs:
+        results.append(y[at : at + t * n].reshape(t, n))
+        at += t * n
+    return results
+
+
+PARALLEL_WORK = 1 << 16  # multiply-adds from which a second thread is worth waking
+
+
+@kernel(f"void({I1},{F1},i8,i8,{F2})")
+def _embed(tokens, floats, at, n_k, y):
+    for i in range(len(tokens)):
+        row = at + (tokens[i] // PANEL) * PANEL * n_k + tokens[i] % PANEL
+        for k in range(n_k):
+            y[i, k] = floats[row + k * PANEL]
+
+
+def embed(tokens: Array, w: Panels) -> Array:  # [T], [V, D] -> [T, D]
+    """x = W[token]."""
+    y = np.empty((len(tokens), w.shape[1]), F)
+    _embed(tokens, w.arena.floats, w.at, w.shape[1], y)
+    return y
+
+
+# Norms and everything else that treats each row by itself
+
+
+@numba.njit(**OPTIONS)
+def _scale(x, at, n, eps):
+    return F(1.0) / np.sqrt(row_sum_of_squares(x, at, 0, n) / F(n) + eps)
+
+
+@numba.njit(**OPTIONS)
+def _rms_norm_row(x, i, w, eps, y):
+    n = len(w)
+    r = _scale(x, i * n, n, eps)
+    for j in range(n):
+        y[i * n + j] = x[i * n + j] * r * w[j]
+
+
+@kernel(f"void({F1},{F1},f4,{F1})")
+def _rms_norm(x, w, eps, y):
+    for i in range(len(x) // len(w)):
+        _rms_norm_row(x, i, w, eps, y)
+
+
+@kernel(f"void({F1},{F1},f4,{F1})", parallel=True)
+def _rms_norm_parallel(x, w, eps, y):
+    for i in prange(len(x) // len(w)):
+        _rms_norm_row(x, i, w, eps, y)
+
+
+def rms_norm(x: Array, w: Array, eps: float) -> Array:  # [..., K], [K] -> [..., K]
+    """(x r) w with r = 1 / sqrt(s / K + eps); s sums squares in sixteen lanes, s = fma(x, x, s)."""
+    y = np.empty(x.shape, F)
+    (_rms_norm_parallel if x.size >= PARALLEL_SIZE else _rms_norm)(x.reshape(-1), w, eps, y.reshape(-1))
+    return y
+
+
+PARALLEL_SIZE = 1 << 14  # elements from which a second thread is worth waking
+
+
+@kernel(f"void({F2},f4,{F1})")
+def _rms_scale(x, eps, y):
+    for i in range(len(x)):
+        y[i] = _scale(x, i * x.shape[1], x.shape[1], eps)
+
+
+def rms_scale(x: Array, eps: float) -> Array:  # [T, K] -> [T]
+    """r of rms_norm."""
+    y = np.empty(len(x), F)
+    _rms_scale(x, eps, y)
+    return y
+
+
+@kernel(f"void({F2},{F1},{F1},f4,{F2})")
+def _layer_norm(x, w, b, eps, y):
+    t, n = x.shape
+    for i in range(t):
+        mean = row_sum(x, i * n, 0, n) / F(n)
+        for j in range(n):
+            y[i, j] = x[i, j] - mean
+        r = _scale(y, i * n, n, eps)
+        for j in range(n):
+            y[i, j] = y[i, j] * r * w[j] + b[j]
+
+
+def layer_norm(x: Array, w: Array, b: Array, eps: float) -> Array:  # [T, K], [K], [K] -> [T, K]
+    """((x - mean) r) w + b; the mean and then the squared deviations are summed in sixteen lanes."""
+    y = np.empty(x.shape, F)
+    _layer_norm(x, w, b, eps, y)
+    return y
+
+
+@kernel(f"void({F3},{F2},{F2},i8,i8,{F3})")
+def _rope(x, cos, sin, step, apart, y):
+    for t in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            for i in range(cos.shape[1]):
+                x0, x1 = x[t, h, i * step], x[t, h, i * step + apart]
+                y[t, h, i * step] = fma(x0, cos[t, i], -(x1 * sin[t, i]))
+                y[t, h, i * step + apart] = fma(x0, sin[t, i], x1 * cos[t, i])
+
+
+def rope(x: Array, cos: Array, sin: Array, pairs: str) -> Array:  # [T, N, hd], [T, P], [T, P] -> [T, N, hd]
+    """fma(x0, cos, -(x1 sin)) and fma(x0, sin, x1 cos) for each pair."""
+    y = np.empty(x.shape, F)
+    step, apart = (1, x.shape[2] // 2) if pairs == "halves" else (2, 1)
+    _rope(x, cos, sin, step, apart, y)
+    return y
+
+
+@numba.njit(**OPTIONS)
+def _activate_part(kind, x, up, gated, low, high, y):
+    if kind == 0:
+        for j in range(low, high):
+            y[j] = silu(x[j])
+    elif kind == 1:
+        for j in range(low, high):
+            y[j] = gelu_tanh(x[j])
+    elif kind == 2:
+        for j in range(low, high):
+            y[j] = gelu(x[j])
+    else:
+        for j in range(low, high):
+            y[j] = x[j] if x[j] > F(0.0) or x[j] != x[j] else F(0.0)
+    if gated:
+        for j in range(low, high):
+            y[j] = y[j] * up[j]
+
+
+@kernel(f"void(i8,{F1},{F1},b1,{F1})")
+def _activate(kind, x, up, gated, y):
+    _activate_part(kind, x, up, gated, 0, len(x), y)
+
+
+@kernel(f"void(i8,{F1},{F1},b1,{F1})", parallel=True)
+def _activate_parallel(kind, x, up, gated, y):
+    n = 1 << 12
+    for part in prange((len(x) + n - 1) // n):
+        low = np.int64(part) * n
+        _activate_part(kind, x, up, gated, low, min(low + n, len(x)), y)
+
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+
+
+def activate(up: Array, kind: str, gate: Array | None = None) -> Array:  # [T, F], [T, F] -> [T, F]
+    """act(up), or act(gate) * up."""
+    y = np.empty(up.shape, F)
+    x = up if gate is None else gate
+    run = _activate_parallel if up.size >= PARALLEL_SIZE else _activate
+    run(ACTIVATIONS[kind], x.reshape(-1), up.reshape(-1), gate is not None, y.reshape(-1))
+    return y
+
+
+def add(x: Array, y: Array) -> Array:  # [T, D], [T, D] -> [T, D]
+    """x + y."""
+    return x + y
+
+
+# Attention. Rows are pairs of a position and a query head that reads the same key/value head: row (t - t0) * m + r.
+
+
+@numba.njit(**OPTIONS)
+def _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width):
+    """Pass 1: q . k by fma over the features, for the slots of some blocks; column 0 is slot `base`."""
+    n_blocks, hd = keys.shape[1], keys.shape[2]
+    for b in range(low_block, high_block):
+        for i in range(n_rows):
+            at = i * width + b * BLOCK - base
+            scores[at : at + BLOCK] = F(0.0)
+        _block_rows(queries, 0, hd, n_rows, keys, (g * n_blocks + b) * hd * BLOCK, BLOCK, hd, scores, b * BLOCK - base, width)
+
+
+@numba.njit(**OPTIONS)
+def _softmax(scores, at, low, high, scale, cut, scores_out, weights_out, out_at):
+    """Pass 2: in the row that begins at `at`, scores of columns low to high - 1 become exp(score * scale - max); their sum.
+
+    cut: columns whose score is -inf. The outputs, if they are not empty, get the scaled scores and the weights.
+    """
+    for j in range(low, high):
+        scores[at + j] = scores[at + j] * scale
+    for c in cut:
+        scores[at + c] = -np.inf
+    if len(scores_out) > 0:
+        for j in range(low, high):
+            scores_out[out_at + j - low] = scores[at + j]
+    top = row_max(scores, at, low, high)
+    if top == F(-np.inf):
+        top = F(0.0)
+    for j in range(low, high):
+        scores[at + j] = exp(scores[at + j] - top)
+    total = row_sum(scores, at, low, high)
+    if total == F(0.0):
+        total = F(1.0)
+    if len(weights_out) > 0:
+        for j in range(low, high):
+            weights_out[out_at + j - low] = scores[at + j] / total
+    return total
+
+
+@numba.njit(**OPTIONS)
+def _weighted(e, at, width, n_rows, values, g, low, high, base, column, sums, sums_at, padded):
+    """Pass 3, a part of it: sums += e v by fma over slots low to high - 1, ascending, for BLOCK features from `column` on."""
+    if low < high:
+        v_at = (g * values.shape[1] + low) * padded + column
+        _block_rows(e, at + low - base, width, n_rows, values, v_at, padded, high - low, sums, sums_at + column, padded)
+
+
+@numba.njit(**OPTIONS)
+def _weighted_rows(e, width, m, t0, t1, first, stop, values, g, base, column, sums, padded):
+    """Pass 3: slots that all positions of the tile read go together, those at the edges of the mask position by position."""
+    low, high = first[t1 - 1], max(first[t1 - 1], stop[t0])
+    for t in range(t0, t1):
+        row = (t - t0) * m
+        _weighted(e, row * width, width, m, values, g, first[t], min(low, stop[t]), base, column, sums, row * padded, padded)
+    if high > low:
+        _weighted(e, 0, width, (t1 - t0) * m, values, g, low, high, base, column, sums, 0, padded)
+    for t in range(t0, t1):
+        row = (t - t0) * m
+        _weighted(e, row * width, width, m, values, g, max(high, first[t]), stop[t], base, column, sums, row * padded, padded)
+
+
+@numba.njit(**OPTIONS)
+def _cut_of(cuts, head, dst, base):
+    """The columns cut from a row, ascending. cuts [n, 3] are (head, dst, src) in ascending order."""
+    cut = np.empty(len(cuts), np.int64)
+    n = 0
+    for i in range(len(cuts)):
+        if cuts[i, 0] == head and cuts[i, 1] == dst:
+            cut[n] = cuts[i, 2] - base
+            n += 1
+    return cut[:n]
+
+
+@numba.njit(**OPTIONS)
+def _weighted_uncut(e, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, padded):
+    """Pass 3 where edges are cut: row by row, over the runs of slots between the cut ones."""
+    for t in range(t0, t1):
+        for r in range(m):
+            row = (t - t0) * m + r
+            low = np.int64(first[t])
+            for c in _cut_of(cuts, head0 + r, start + t, base):
+                _weighted(e, row * width, width, 1, values, g, low, c + base, base, column, sums, row * padded, padded)
+                low = c + base + 1
+            _weighted(e, row * width, width, 1, values, g, low, stop[t], base, column, sums, row * padded, padded)
+
+
+@numba.njit(**OPTIONS)
+def _softmax_rows(scores, width, head0, m, t0, t1, r, start, first, stop, base, scale, cuts, out_at, scores_out, weights_out):
+    """Pass 2 for query head head0 + r of each position of a tile; the sums of the rows."""
+    totals = np.empty(t1 - t0, F)
+    n_reads = np.int64(0) if len(out_at) == 0 else out_at[-1]
+    for t in range(t0, t1):
+        cut = _cut_of(cuts, head0 + r, start + t, base)
+        at = (head0 + r) * n_reads + out_at[t]
+        row = ((t - t0) * m + r) * width
+        totals[t - t0] = _softmax(scores, row, first[t] - base, stop[t] - base, scale, cut, scores_out, weights_out, at)
+    return totals
+
+
+@numba.njit(**OPTIONS)
+def _gather_queries(q, head0, m, t0, t1):
+    hd = q.shape[2]
+    queries = np.empty((t1 - t0) * m * hd, F)
+    for t in range(t0, t1):
+        for r in range(m):
+            at = ((t - t0) * m + r) * hd
+            for i in range(hd):
+                queries[at + i] = q[t, head0 + r, i]
+    return queries
+
+
+@numba.njit(**OPTIONS)
+def _attend(q, keys, values, start, run, t0, t1, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
+    """All passes for positions t0 to t1 - 1 and the query heads of a run, (first head, heads, key/value head)."""
+    head0, m, g = run
+    n_rows, padded = (t1 - t0) * m, values.shape[2]
+    low_block, high_block = first[t0] // BLOCK, (stop[t1 - 1] + BLOCK - 1) // BLOCK
+    base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
+    queries = _gather_queries(q, head0, m, t0, t1)
+    scores = np.empty(n_rows * width, F)
+    _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width)
+    totals = np.empty((m, t1 - t0), F)
+    for r in range(m):
+        totals[r] = _softmax_rows(scores, width, head0, m, t0, t1, r, start, first, stop, base, scale, cuts, out_at,
+                                  scores_out, weights_out)  # fmt: skip
+    sums = np.zeros(n_rows * padded, F)
+    for column in range(0, padded, BLOCK):
+        if len(cuts) == 0:
+            _weighted_rows(scores, width, m, t0, t1, first, stop, values, g, base, column, sums, padded)
+        else:
+            _weighted_uncut(scores, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, padded)
+    for t in range(t0, t1):
+        for r in range(m):
+            for i in range(q.shape[2]):
+                z[t, head0 + r, i] = sums[((t - t0) * m + r) * padded + i] / totals[r, t - t0]
+
+
+_ATTENTION = f"void({F3},{F4},{F3},i8,{I2},{I1},{I1},f4,{I2},i8[::1],{F1},{F1},{F3})"
+
+
+@kernel(_ATTENTION)
+def _attention(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
+    for j in range(len(runs)):
+        for t0 in range(0, len(q), TILE):
+            run = (runs[j, 0], runs[j, 1], runs[j, 2])
+            _attend(q, keys, values, start, run, t0, min(t0 + TILE, len(q)), first, stop, scale, cuts, out_at,
+                    scores_out, weights_out, z)  # fmt: skip
+
+
+@kernel(_ATTENTION, parallel=True)
+def _attention_parallel(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
+    n_tiles = (len(q) + TILE - 1) // TILE
+    for task in prange(len(runs) * n_tiles):
+        j, i = np.int64(task) % len(runs), np.int64(task) // len(runs)
+        t0 = (
+            i // 2 if i % 2 == 0 else n_tiles - 1 - i // 2
+        ) * TILE  # short and long rows by turns, so that threads share evenly
+        run = (runs[j, 0], runs[j, 1], runs[j, 2])
+        _attend(q, keys, values, start, run, t0, min(t0 + TILE, len(q)), first, stop, scale, cuts, out_at,
+                scores_out, weights_out, z)  # fmt: skip
+
+
+@kernel(_ATTENTION, parallel=True)
+def _attention_long(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
+    """One position that reads many slots: each pass is shared among the threads."""
+    h, padded, n_runs = q.shape[1], values.shape[2], len(runs)
+    low_block, high_block = first[0] // BLOCK, (stop[0] + BLOCK - 1) // BLOCK
+    base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
+    queries, scores, totals, sums = q.reshape(-1), np.empty(h * width, F), np.empty(h, F), np.zeros(h * padded, F)
+    some = 8  # blocks a task
+    n_parts = (high_block - low_block + some - 1) // some
+    for task in prange(n_runs * n_parts):
+        j, b = np.int64(task) % n_runs, low_block + np.int64(task) // n_runs * some
+        head0, m, g = runs[j, 0], runs[j, 1], runs[j, 2]
+        _scores(queries[head0 * q.shape[2] :], m, keys, g, base, b, min(b + some, high_block), scores[head0 * width :], width)
+    for task in prange(h):
+        r = np.int64(task)
+        totals[r] = _softmax_rows(scores[r * width :], width, r, 1, 0, 1, 0, start, first, stop, base, scale, cuts, out_at,
+                                  scores_out, weights_out)[0]  # fmt: skip
+    n_columns = padded // BLOCK
+    for task in prange(n_runs * n_columns):
+        j, column = np.int64(task) // n_columns, np.int64(task) % n_columns * BLOCK
+        head0, m, g = runs[j, 0], runs[j, 1], runs[j, 2]
+        e, part = scores[head0 * width :], sums[head0 * padded :]
+        if len(cuts) == 0:
+            _weighted_rows(e, width, m, 0, 1, first, stop, values, g, base, column, part, padded)
+        else:
+            _weighted_uncut(e, width, head0, m, 0, 1, start, first, stop, cuts, values, g, base, column, part, padded)
+    for head in range(h):
+        for i in range(q.shape[2]):
+            z[0, head, i] = sums[head * padded + i] / totals[head]
+
+
+def attention(
+    q: Array,
+    cache: KVCache,
+    slots: Slots,
+    scale: float,
+    cuts: Array | None = None,
+    weights_out: Array | None = None,
+    scores_out: Array | None = None,
+) -> Array:  # [T, H, hd] -> [T, H, hd]
+    """z = softmax(q k^T scale) v. A score is summed by fma over the features, ascending, then scaled. The maximum is
+    subtracted, exp taken, and summed in sixteen lanes by slot mod 16; e v is summed by fma over slots, ascending; the
+    division by the sum comes last. A slot outside the mask, or cut, is neither multiplied nor added."""
+    z = np.empty(q.shape, F)
+    cuts = _NO_CUTS if cuts is None else cuts[np.lexsort(cuts.T[::-1])]
+    out_at = np.zeros(len(q) + 1, np.int64)
+    np.cumsum(slots.stop - slots.first, out=out_at[1:])
+    outs = [_NOTHING if out is None else out.reshape(-1) for out in (scores_out, weights_out)]
+    work = slots.count * q.shape[1]
+    run = _attention if work < PARALLEL_READS else _attention_parallel if len(q) > 1 else _attention_long
+    keys, values = cache.key_blocks[slots.layer], cache.value_rows[slots.layer]
+    run(q, keys, values, slots.start, _runs(slots.kv_head), slots.first, slots.stop, scale, cuts, out_at, *outs, z)
+    return z
+
+
+PARALLEL_READS = 1 << 10  # reads, over all heads, from which a second thread is worth waking
+_NO_CUTS, _NOTHING = np.zeros((0, 3), np.int64), np.zeros(0, F)
+
+
+def _runs(kv_head: Array) -> Array:
+    """int64 [n, 3]: (first query head, how many, key/value head) of neighbouring query heads that read the same one."""
+    begins = np.flatnonzero(np.diff(kv_head, prepend=-1))
+    counts = np.diff(begins, append=len(kv_head))
+    return np.stack([begins, counts, kv_head[begins]], axis=1).astype(np.int64)
+
+
+# Threads
+
+MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS
+
+
+def set_threads(n: int) -> None:
+    """Use n threads in the kernels that share work."""
+    numba.set_num_threads(n)

@@ -1,0 +1,304 @@
+"""The engine room: the few inner loops that must be vector code in a fixed order, written as LLVM instructions.
+
+numba compiles the loops of `kernels.py` well where neighbouring iterations do not depend on each other, but it has no
+fused multiply-add, and its vectoriser may not reorder a sum. So this page says those instructions itself:
+
+    fma, bits, from_bits       single numbers
+    tile                       a tile of rows x columns of a matrix product, k strictly ascending in every element
+    row_max, row_sum, row_sum_of_squares    reductions of a row in sixteen lanes
+
+The width of the machine's vectors decides how a tile is cut, never the order of the operations on one element, so every
+machine computes the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.config import CPU_FEATURES, CPU_NAME
+from numba.extending import intrinsic
+
+LANES = 16  # of a reduction: element i belongs to lane i % 16
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+def _vector_width() -> int:
+    """Floats in one vector register of the machine that code is generated for: 16 (AVX-512), 8 (AVX) or 4 (NEON, SSE)."""
+    if CPU_NAME:  # set by the user, to compile for another machine
+        wide = "avx512" in (CPU_FEATURES or "") or CPU_NAME in ("x86-64-v4", "skylake-avx512", "znver4", "znver5")
+        return 16 if wide else 8 if CPU_NAME.startswith(("x86-64-v3", "haswell", "znver")) else 4
+    features = llvm.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+
+
+WIDTH = _vector_width()
+VECTORS = 3  # registers side by side in a tile, so that one x serves three multiply-adds
+MAX_ROWS = 4 if WIDTH == 8 else 8  # 8 x 3 accumulators fit 32 registers, 4 x 3 fit 16
+
+
+def _vector(element: ir.Type, n: int) -> ir.VectorType:
+    return ir.VectorType(element, n)
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, n: int) -> ir.Value:
+    """A vector of n times the same number."""
+    undefined = ir.Constant(_vector(scalar.type, n), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_vector(I32, n), [0] * n))
+
+
+def _declared(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c, rounded once, of numbers or of vectors."""
+    n = a.type.count if isinstance(a.type, ir.VectorType) else 0
+    name = f"llvm.fma.v{n}f32" if n else "llvm.fma.f32"
+    return builder.call(_declared(builder, name, a.type, [a.type] * 3), [a, b, c])
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value, n: int) -> ir.Value:
+    loaded = builder.load(builder.bitcast(pointer, _vector(F32, n).as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
+    stored.align = 4
+
+
+def _data(context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value) -> ir.Value:
+    """Where an array's first element lies."""
+    return context.make_array(array_type)(context, builder, array).data
+
+
+@intrinsic
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float32, rounded once."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return _fma(builder, *args)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+def bits(typing_context: Any, x: Any) -> Any:
+    """The 32 bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def from_bits(typing_context: Any, x: Any) -> Any:
+    """The float32 with the 32 bits of an int32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic(prefer_literal=True)
+def tile(typing_context: Any, rows: Any, columns: Any, x: Any, x_at: Any, x_row: Any, w: Any, w_at: Any, w_row: Any,
+          n_k: Any, y: Any, y_at: Any, y_row: Any) -> Any:  # fmt: skip
+    """y[r, c] = fma(x[r, k], w[k, c], y[r, c]) for k = 0, 1, ..., n_k - 1, for r < rows and c < columns.
+
+    rows and columns are literal numbers. Element [r, k] of x lies x_at + r * x_row + k floats after x's beginning, and so on.
+    """
+    if not isinstance(rows, types.IntegerLiteral) or not isinstance(columns, types.IntegerLiteral):
+        return None
+    n_rows, n_columns = rows.literal_value, columns.literal_value
+    n_vectors = VECTORS if n_columns % (VECTORS * WIDTH) == 0 else 2
+    i64 = types.int64
+    signature = types.void(rows, columns, x, i64, i64, w, i64, i64, i64, y, i64, i64)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, _, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row = args
+        kinds = signature.args
+        x_data = builder.gep(_data(context, builder, kinds[2], x), [x_at])
+        w_data = builder.gep(_data(context, builder, kinds[5], w), [w_at])
+        y_data = builder.gep(_data(context, builder, kinds[9], y), [y_at])
+        x_rows = [builder.gep(x_data, [builder.mul(x_row, I64(r))]) for r in range(n_rows)]
+        y_rows = [builder.gep(y_data, [builder.mul(y_row, I64(r))]) for r in range(n_rows)]
+        for strip in range(0, n_columns, n_vectors * WIDTH):
+            columns = [I64(strip + v * WIDTH) for v in range(n_vectors)]
+            _strip(builder, x_rows, builder.gep(w_data, [I64(strip)]), w_row, n_k, y_rows, columns)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _strip(builder: ir.IRBuilder, x_rows: list[ir.Value], w: ir.Value, w_row: ir.Value, n_k: ir.Value,
+           y_rows: list[ir.Value], columns: list[ir.Value]) -> None:  # fmt: skip
+    """One strip of a tile, as wide as the accumulators that fit the registers."""
+    places = [builder.gep(y, [c]) for y in y_rows for c in columns]
+    before = [_load(builder, place, WIDTH) for place in places]
+    head, body, done = builder.block, builder.append_basic_block("k"), builder.append_basic_block("k.done")
+    builder.cbranch(builder.icmp_signed(">", n_k, I64(0)), body, done)
+
+    builder.position_at_end(body)
+    k = builder.phi(I64)
+    k.add_incoming(I64(0), head)
+    sums = []
+    for value in before:
+        sums.append(builder.phi(value.type))
+        sums[-1].add_incoming(value, head)
+    w_k = builder.gep(w, [builder.mul(k, w_row)])
+    loaded = [_load(builder, builder.gep(w_k, [I64(v * WIDTH)]), WIDTH) for v in range(len(columns))]
+    added = []
+    for r, x in enumerate(x_rows):
+        x_k = builder.load(builder.gep(x, [k]))
+        x_k.align = 4
+        spread = _splat(builder, x_k, WIDTH)
+        added += [_fma(builder, spread, loaded[v], sums[r * len(columns) + v]) for v in range(len(columns))]
+    k_next = builder.add(k, I64(1))
+    k.add_incoming(k_next, body)
+    for total, value in zip(sums, added, strict=True):
+        total.add_incoming(value, body)
+    builder.cbranch(builder.icmp_signed("<", k_next, n_k), body, done)
+
+    builder.position_at_end(done)
+    results = [builder.phi(value.type) for value in added]
+    for result, old, new in zip(results, before, added, strict=True):
+        result.add_incoming(old, head)
+        result.add_incoming(new, body)
+    for result, place in zip(results, places, strict=True):
+        _store(builder, result, place)
+
+
+def _row_reduction(name: str, neutral: float, combine: Any, what: str) -> Any:
+    """An intrinsic name(x, at, low, high): `combine` over elements low to high - 1 of the row that begins `at` floats after x.
+
+    Lane i of sixteen takes the elements whose index is i mod 16, in ascending order, from `neutral` on; then lane i is
+    combined with lane i + 8, the result's with i + 4, i + 2, i + 1.
+    """
+
+    def reduction(typing_context: Any, x: Any, at: Any, low: Any, high: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            x, at, low, high = args
+            row = builder.gep(_data(context, builder, signature.args[0], x), [at])
+            lanes = _lanes(builder, row, low, high, neutral, combine)
+            while lanes.type.count > 1:
+                half = lanes.type.count // 2
+                low_half, high_half = (
+                    builder.shuffle_vector(lanes, lanes, ir.Constant(_vector(I32, half), list(range(i, i + half))))
+                    for i in (0, half)
+                )
+                lanes = combine(builder, low_half, high_half, last=True)
+            return builder.extract_element(lanes, I32(0))
+
+        return types.float32(x, types.int64, types.int64, types.int64), generate
+
+    reduction.__name__ = name
+    reduction.__doc__ = what
+    return intrinsic(reduction)
+
+
+def _lanes(builder: ir.IRBuilder, row: ir.Value, low: ir.Value, high: ir.Value, neutral: float, combine: Any) -> ir.Value:
+    """The sixteen lanes after all elements; a block of sixteen that low or high cuts is loaded under a mask."""
+    start = ir.Constant(_vector(F32, LANES), [neutral] * LANES)
+    index = ir.Constant(_vector(I64, LANES), list(range(LANES)))
+    first = builder.and_(low, I64(-LANES))
+    head, body, done = builder.block, builder.append_basic_block("lanes"), builder.append_basic_block("lanes.done")
+    builder.cbranch(builder.icmp_signed("<", low, high), body, done)
+
+    builder.position_at_end(body)
+    at, before = builder.phi(I64), builder.phi(start.type)
+    at.add_incoming(first, head)
+    before.add_incoming(start, head)
+    element = builder.add(_splat(builder, at, LANES), index)
+    mask = builder.and_(
+        builder.icmp_signed(">=", element, _splat(builder, low, LANES)),
+        builder.icmp_signed("<", element, _splat(builder, high, LANES)),
+    )
+    after = combine(builder, before, _masked_load(builder, builder.gep(row, [at]), mask, start), last=False)
+    following = builder.add(at, I64(LANES))
+    at.add_incoming(following, body)
+    before.add_incoming(after, body)
+    builder.cbranch(builder.icmp_signed("<", following, high), body, done)
+
+    builder.position_at_end(done)
+    lanes = builder.phi(start.type)
+    lanes.add_incoming(start, head)
+    lanes.add_incoming(after, body)
+    return lanes
+
+
+def _masked_load(builder: ir.IRBuilder, pointer: ir.Value, mask: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """The floats at pointer where the mask is set, `otherwise` elsewhere; memory outside the mask is not touched."""
+    vector = otherwise.type
+    name = f"llvm.masked.load.v{vector.count}f32.p0"
+    load = _declared(builder, name, vector, [vector.as_pointer(), I32, mask.type, vector])
+    return builder.call(load, [builder.bitcast(pointer, vector.as_pointer()), I32(4), mask, otherwise])
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, last: bool) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+
+def _sum(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, last: bool) -> ir.Value:
+    return builder.fadd(a, b)
+
+
+def _sum_of_squares(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, last: bool) -> ir.Value:
+    return builder.fadd(a, b) if last else _fma(builder, b, b, a)
+
+
+row_max = _row_reduction("row_max", float("-inf"), _larger, "The largest element; a NaN is passed over.")
+row_sum = _row_reduction("row_sum", 0.0, _sum, "The sum.")
+row_sum_of_squares = _row_reduction("row_sum_of_squares", 0.0, _sum_of_squares, "The sum of squares, s = fma(x, x, s).")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: one folder for each content of the sources, versions, flags and processor.
+
+    numba's own check sees only the file in which a function stands, not a helper's, an intrinsic's or a flag's change.
+    """
+    here = Path(__file__).parent
+    sources = [(here / name).read_bytes() for name in ("microkernel.py", "kernels.py")]
+    target = (numba.__version__, llvm.llvm_version_info, platform.machine(), CPU_NAME or llvm.get_host_cpu_name(),
+              CPU_FEATURES or llvm.get_host_cpu_features().flatten())  # fmt: skip
+    key = hashlib.sha256(b"".join(sources) + repr(target).encode()).hexdigest()[:16]
+    base = os.environ.get("NANOKV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanokv"
+    for folder in (Path(base) / key, Path(tempfile.gettempdir()) / f"nanokv-{os.getuid()}" / key):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise OSError(f"no folder to keep compiled kernels in: set NANOKV_CACHE to one that can be written (tried {base})")
+
+
+_FOLDER = str(cache_folder())
+
+
+def kernel(signature: str, parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for one signature, ahead of its first call, and keep the result on disk."""
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = _FOLDER
+        try:
+            return numba.njit(signature, cache=True, parallel=parallel, nogil=True, error_model="numpy")(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return compiled
