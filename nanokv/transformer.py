@@ -92,6 +92,7 @@ class Transformer:
         *,
         tokenizer: Tokenizer | WordTokenizer | None = None,
         ops: str = "numba",
+        packed: bool = False,
         name: str = "",
     ) -> None:
         check(weights, config)
@@ -99,7 +100,7 @@ class Transformer:
         self.tokenizer = tokenizer
         self.name = name
         self.ops: Any = _ops_module(ops)
-        self.weights: Weights = self.ops.prepare(weights)
+        self.weights: Weights = self.ops.prepare(weights, packed)
         self._stored = {name: array for name, array in weights.items() if isinstance(array, FileTensor)}
         self.dtype: np.dtype = np.asarray(self.ops.embed(np.zeros(1, np.int32), self.weights.embed)).dtype
         self.kv_head = np.arange(config.n_heads, dtype=np.int32) // (config.n_heads // config.n_kv_heads)
