@@ -111,7 +111,8 @@ def automaton(
     w_up, b_up, w_down = _advance(step, state, prev, tok, d, dtype)
     config = Config(
         n_layers=n_layers, n_heads=1, n_kv_heads=1, head_dim=max(n_ctx, s), d_model=d, d_ff=len(w_up), vocab_size=v,
-        n_ctx=n_ctx, norm="none", learned_positions=True, attn_scale=1.0, gated_mlp=False, activation="relu", mlp_bias=True, tied_head=False,
+        n_ctx=n_ctx, norm="none", learned_positions=True, attn_scale=1.0, gated_mlp=False, activation="relu",
+        mlp_bias=True, tied_head=False,
     )  # fmt: skip
     attention = _previous_token(d, config.head_dim, pos, state, prev, n_ctx, dtype)
     block = BlockWeights(

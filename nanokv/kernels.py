@@ -5,14 +5,14 @@ however many threads ran, because the order in which one number is computed neve
 it. Each operation's docstring says its order. `fma` rounds once; everything else rounds once per operation; nothing is
 contracted or reassociated. No BLAS: its order depends on the number of rows.
 
-A matrix is kept in panels of PANEL outputs, [N / PANEL][K][PANEL], so that vector lanes run over outputs and each output
-adds its products strictly in the order k = 0, 1, 2, ...; all panels of a model lie in one array, the arena.
+How matrices lie in memory, as float32 or quantised, stands in `panels.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -22,20 +22,22 @@ from numba import prange
 from nanokv.cache import BLOCK, KVCache, Slots
 from nanokv.microkernel import (
     MAX_ROWS,
+    MAX_THREADS,
     bits,
     fma,
     from_bits,
     kernel,
+    packed_tile,
     row_max,
     row_sum,
     row_sum_of_squares,
     tile,
 )
 from nanokv.ops import rope_table as rope_table  # the same table: its entries are defined, not computed in an order
+from nanokv.panels import GROUP, PANEL, Panels, n_panels, panel_size, place
 from nanokv.weights import Weights
 
 Array = np.ndarray
-PANEL = 48  # outputs of a panel: whole vectors on every machine
 TILE = 16  # positions that attention computes together
 F = np.float32
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
@@ -46,88 +48,52 @@ F1, F2, F3, F4, I1, I2 = "f4[::1]", "f4[:,::1]", "f4[:,:,::1]", "f4[:,:,:,::1]",
 
 
 @dataclass(frozen=True, eq=False)
-class Arena:
-    """One array for all panels of a model, and the jobs that its matrices are used for."""
+class Job:
+    """Matrices of one kind that multiply the same x in one go."""
 
-    floats: Array  # float32
-    groups: dict[tuple[object, ...], Group] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Panels:
-    """A matrix [N, K] in an arena: panel p is the PANEL * K floats from `at + p * PANEL * K` on, output by output."""
-
-    arena: Arena
-    at: int
-    shape: tuple[int, int]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
-        n, k = self.shape
-        panels = _view(self.arena.floats, self.at, n, k)
-        return panels.transpose(0, 2, 1).reshape(len(panels) * PANEL, k)[:n].astype(dtype or F)
+    kind: str
+    table: Array  # int64 [panels, 4]: where it lies, outputs of earlier matrices, its first output, its matrix's outputs
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Matrices that multiply the same x in one go."""
+    """Matrices that multiply the same x."""
 
-    table: (
-        Array  # int64 [panels, 4]: where the panel lies, outputs of earlier matrices, its first output, outputs of its matrix
-    )
+    jobs: tuple[Job, ...]
     bias: Array  # float32 [all outputs], or empty
     n_outputs: tuple[int, ...]
 
 
-def n_panels(n: int) -> int:
-    """Panels of a matrix with n outputs; those past n are 0."""
-    return -(-n // PANEL)
+def prepare(weights: Weights, packed: bool = False) -> Weights:
+    """The weights as these operations want them: matrices in panels, vectors as float32 of their own.
 
-
-def _view(floats: Array, at: int, n: int, k: int) -> Array:  # -> [panels, K, PANEL]
-    return floats[at : at + n_panels(n) * k * PANEL].reshape(n_panels(n), k, PANEL)
-
-
-def prepare(weights: Weights) -> Weights:
-    """The weights as these operations want them: matrices in panels, vectors as float32 of their own."""
-    distinct = {id(array): array for _, array in weights.items() if len(array.shape) == 2 and array is not weights.pos_embed}
-    arena = Arena(np.empty(sum(n_panels(n) * PANEL * k for n, k in (array.shape for array in distinct.values())), F))
-    at = 0
-
-    def prepared(array: Any) -> Any:
-        nonlocal at
-        if id(array) not in distinct:
-            return np.array(array, F)
-        panels = Panels(arena, at, tuple(array.shape))
-        _pack(np.asarray(array, F), _view(arena.floats, at, *panels.shape))
-        at += n_panels(panels.shape[0]) * PANEL * panels.shape[1]
-        return panels
-
-    return weights.map(prepared)
-
-
-def _pack(w: Array, panels: Array) -> None:  # [N, K], [panels, K, PANEL]
-    n, k = w.shape
-    whole = n // PANEL
-    panels[:whole] = w[: whole * PANEL].reshape(whole, PANEL, k).transpose(0, 2, 1)
-    if n % PANEL:
-        panels[whole] = 0
-        panels[whole, :, : n % PANEL] = w[whole * PANEL :].T
+    packed: quantised matrices stay as their file has them; else they become float32. The results have the same bits.
+    """
+    matrices = {id(array): array for _, array in weights.items() if len(array.shape) == 2 and array is not weights.pos_embed}
+    placed = place(list(matrices.values()), packed)
+    for panels in placed.values():
+        _linears_of(panels.kind)  # compiled now, not in the first call
+    return weights.map(lambda array: placed[id(array)] if id(array) in placed else np.array(array, F))
 
 
 def _group(ws: Sequence[Panels], bs: Sequence[Array | None]) -> Group:
-    key = (*((w.at, w.shape) for w in ws), *map(id, bs))
+    key = (*((w.kind, w.at, w.shape) for w in ws), *map(id, bs))
     groups = ws[0].arena.groups
     if key not in groups:
         outputs = tuple(w.shape[0] for w in ws)
         before = np.cumsum((0, *outputs))
-        rows = [
-            (w.at + p * PANEL * w.shape[1], before[m], p * PANEL, outputs[m])
-            for m, w in enumerate(ws)
-            for p in range(n_panels(outputs[m]))
-        ]
+        jobs = []
+        for kind in dict.fromkeys(w.kind for w in ws):
+            rows = [
+                (w.at + p * panel_size(kind, w.shape[1]), before[m], p * PANEL, outputs[m])
+                for m, w in enumerate(ws)
+                for p in range(n_panels(outputs[m]))
+                if w.kind == kind
+            ]
+            jobs.append(Job(kind, np.array(rows, np.int64).reshape(-1, 4)))
         bias = [np.zeros(n, F) if b is None else b for n, b in zip(outputs, bs, strict=True)]
         none = all(b is None for b in bs)
-        groups[key] = Group(np.array(rows, np.int64).reshape(-1, 4), np.zeros(0, F) if none else np.concatenate(bias), outputs)
+        groups[key] = Group(tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), outputs)
     return groups[key]
 
 
@@ -243,12 +209,10 @@ _panel_rows, _block_rows = _rows_of(PANEL), _rows_of(BLOCK)
 
 
 @numba.njit(**OPTIONS)
-def _panel(x, n_rows, n_k, floats, job, bias, y):
-    """One panel of one matrix: its columns of y [T, N], which lies in the flat y after the outputs of earlier matrices."""
-    at, before, column, n = job
+def _finish_panel(sums, n_rows, job, bias, y):
+    """Add the bias to a panel's sums [T, PANEL] and put them in their columns of y [T, N], behind earlier matrices' outputs."""
+    _, before, column, n = job
     columns = min(PANEL, n - column)
-    sums = np.zeros(n_rows * PANEL, F)
-    _panel_rows(x, 0, n_k, n_rows, floats, at, PANEL, n_k, sums, 0, PANEL)
     if len(bias) > 0:
         for i in range(n_rows):
             for c in range(columns):
@@ -259,16 +223,71 @@ def _panel(x, n_rows, n_k, floats, job, bias, y):
             y[y_at + c] = sums[i * PANEL + c]
 
 
-@kernel(f"void({F2},{F1},{I2},{F1},{F1})")
-def _linears(x, floats, table, bias, y):
-    for p in range(len(table)):
-        _panel(x, x.shape[0], x.shape[1], floats, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
+@numba.njit(**OPTIONS)
+def _float_panel(x, weights, job, bias, y):
+    n_rows, n_k = x.shape
+    sums = np.zeros(n_rows * PANEL, F)
+    _panel_rows(x, 0, n_k, n_rows, weights, job[0], PANEL, n_k, sums, 0, PANEL)
+    _finish_panel(sums, n_rows, job, bias, y)
 
 
-@kernel(f"void({F2},{F1},{I2},{F1},{F1})", parallel=True)
-def _linears_parallel(x, floats, table, bias, y):
-    for p in prange(len(table)):
-        _panel(x, x.shape[0], x.shape[1], floats, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
+def _packed_panel_of(kind):
+    """For quantised weights: one row decodes them as it goes, several rows share a panel decoded beforehand."""
+    dot, unpack = packed_tile(kind, one_row=True), packed_tile(kind, one_row=False)
+
+    @numba.njit(**OPTIONS)
+    def packed_panel(x, weights, job, bias, y):
+        n_rows, n_k = x.shape
+        sums = np.zeros(n_rows * PANEL, F)
+        if n_rows == 1:
+            dot(x, 0, weights, job[0], n_k // GROUP, sums, 0)
+        else:
+            panel = np.empty(n_k * PANEL, F)
+            unpack(weights, job[0], n_k // GROUP, panel, 0)
+            _panel_rows(x, 0, n_k, n_rows, panel, 0, PANEL, n_k, sums, 0, PANEL)
+        _finish_panel(sums, n_rows, job, bias, y)
+
+    return packed_panel
+
+
+@lru_cache
+def _linears_of(kind):
+    """The kernels for matrices of a kind, on one thread and on several."""
+    panel = _float_panel if kind == "F32" else _packed_panel_of(kind)
+    signature = f"void({F2},{F1 if kind == 'F32' else 'u1[::1]'},{I2},{F1},{F1})"
+
+    @kernel(signature)
+    def linears(x, weights, table, bias, y):
+        for p in range(len(table)):
+            panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
+
+    @kernel(signature, parallel=True)
+    def linears_parallel(x, weights, table, bias, y):
+        for p in prange(len(table)):
+            panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
+
+    return linears, linears_parallel
+
+
+@lru_cache
+def _unpack_of(kind):
+    unpack = packed_tile(kind, one_row=False)
+
+    @kernel(f"void(u1[::1],i8,i8,i8,i8,{F1})")
+    def unpack_panels(weights, at, step, n, n_k, y):
+        for p in range(n):
+            unpack(weights, at + p * step, n_k // GROUP, y, p * n_k * PANEL)
+
+    return unpack_panels
+
+
+def unpacked(panels: Panels, first: int = 0, n: int | None = None) -> Array:
+    """Quantised panels `first` to first + n - 1 as float32 [panels, K, PANEL]: the bits of dequantising the file."""
+    n = n_panels(panels.shape[0]) - first if n is None else n
+    k, size = panels.shape[1], panel_size(panels.kind, panels.shape[1])
+    y = np.empty(n * k * PANEL, F)
+    _unpack_of(panels.kind)(panels.arena.packed, panels.at + first * size, size, n, k, y)
+    return y.reshape(n, k, PANEL)
 
 
 def linear(x: Array, w: Panels, b: Array | None = None) -> Array:  # [T, K], [N, K], [N] -> [T, N]
@@ -278,11 +297,12 @@ def linear(x: Array, w: Panels, b: Array | None = None) -> Array:  # [T, K], [N,
 
 def linears(x: Array, ws: Sequence[Panels], bs: Sequence[Array | None]) -> list[Array]:
     """Several linear maps of the same x: [T, N] for each."""
-    group = _group(ws, bs)
+    group, arena = _group(ws, bs), ws[0].arena
     t, total = len(x), sum(group.n_outputs)
     y = np.empty(t * total, F)
-    run = _linears_parallel if x.size * total >= PARALLEL_WORK else _linears
-    run(x, ws[0].arena.floats, group.table, group.bias, y)
+    for job in group.jobs:
+        run = _linears_of(job.kind)[x.size * total >= PARALLEL_WORK]
+        run(x, arena.floats if job.kind == "F32" else arena.packed, job.table, group.bias, y)
     results, at = [], 0
     for n in group.n_outputs:
         results.append(y[at : at + t * n].reshape(t, n))
@@ -303,6 +323,8 @@ def _embed(tokens, floats, at, n_k, y):
 
 def embed(tokens: Array, w: Panels) -> Array:  # [T], [V, D] -> [T, D]
     """x = W[token]."""
+    if w.kind != "F32":
+        return np.stack([unpacked(w, token // PANEL, 1)[0, :, token % PANEL] for token in tokens.tolist()])
     y = np.empty((len(tokens), w.shape[1]), F)
     _embed(tokens, w.arena.floats, w.at, w.shape[1], y)
     return y
@@ -677,7 +699,10 @@ def _runs(kv_head: Array) -> Array:
 
 # Threads
 
-MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS
+
+def max_threads() -> int:
+    """The most threads that this process can use."""
+    return MAX_THREADS
 
 
 def set_threads(n: int) -> None:

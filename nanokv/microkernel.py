@@ -5,6 +5,7 @@ fused multiply-add, and its vectoriser may not reorder a sum. So this page says 
 
     fma, bits, from_bits       single numbers
     tile                       a tile of rows x columns of a matrix product, k strictly ascending in every element
+    packed_tile                the same for one row and quantised weights, which are decoded in registers
     row_max, row_sum, row_sum_of_squares    reductions of a row in sixteen lanes
 
 The width of the machine's vectors decides how a tile is cut, never the order of the operations on one element, so every
@@ -16,8 +17,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.config import CPU_FEATURES, CPU_NAME
 from numba.extending import intrinsic
+
+from nanokv.panels import GROUP, PANEL, part_offset, record_bytes
 
 LANES = 16  # of a reduction: element i belongs to lane i % 16
 
@@ -183,6 +189,229 @@ def _strip(builder: ir.IRBuilder, x_rows: list[ir.Value], w: ir.Value, w_row: ir
         _store(builder, result, place)
 
 
+def packed_tile(kind: str, one_row: bool) -> Any:
+    """An intrinsic for a panel of quantised weights, as `panels.py` lays them out.
+
+    one_row: f(x, x_at, packed, at, n_records, y, y_at): y[c] = fma(x[k], w[k, c], y[c]) for k = 0, 1, ...
+    else:    f(packed, at, n_records, y, y_at): y[k, c] = w[k, c], the panel in float32.
+    """
+
+    def generate(builder: ir.IRBuilder, kinds: Any, context: Any, args: Any) -> ir.Value:
+        *x, packed, at, n_records, y, y_at = args
+        n = len(x)
+        records = builder.gep(_data(context, builder, kinds[n], packed), [at])
+        y_data = builder.gep(_data(context, builder, kinds[n + 3], y), [y_at])
+        x_data = builder.gep(_data(context, builder, kinds[0], x[0]), [x[1]]) if one_row else None
+        for strip in range(0, PANEL, VECTORS * WIDTH):
+            _packed_strip(builder, _DECODERS[kind], kind, x_data, records, strip, n_records, y_data)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    if one_row:
+
+        @intrinsic
+        def dot(typing_context: Any, x: Any, x_at: Any, packed: Any, at: Any, n_records: Any, y: Any, y_at: Any) -> Any:
+            return types.void(x, i64, packed, i64, i64, y, i64), lambda c, b, s, a: generate(b, s.args, c, a)
+
+        return dot
+
+    @intrinsic
+    def unpack(typing_context: Any, packed: Any, at: Any, n_records: Any, y: Any, y_at: Any) -> Any:
+        return types.void(packed, i64, i64, y, i64), lambda c, b, s, a: generate(b, s.args, c, a)
+
+    return unpack
+
+
+def _packed_strip(builder: ir.IRBuilder, decoder: Any, kind: str, x: ir.Value | None, records: ir.Value, strip: int,
+                  n_records: ir.Value, y: ir.Value) -> None:  # fmt: skip
+    """A strip of VECTORS vectors through all records: GROUP weights of each lane are decoded and used at once."""
+    columns = [strip + v * WIDTH for v in range(VECTORS)]
+    before = [] if x is None else [_load(builder, builder.gep(y, [I64(c)]), WIDTH) for c in columns]
+    head, body, done = builder.block, builder.append_basic_block("record"), builder.append_basic_block("record.done")
+    builder.cbranch(builder.icmp_signed(">", n_records, I64(0)), body, done)
+
+    builder.position_at_end(body)
+    i = builder.phi(I64)
+    i.add_incoming(I64(0), head)
+    sums = [builder.phi(value.type) for value in before]
+    for total, value in zip(sums, before, strict=True):
+        total.add_incoming(value, head)
+    record = builder.gep(records, [builder.mul(i, I64(record_bytes(kind)))])
+    weights = [decoder(_Record(builder, kind, record, c)) for c in columns]
+    first_k = builder.mul(i, I64(GROUP))
+    added = list(sums)
+    for k in range(GROUP):
+        at_k = builder.add(first_k, I64(k))
+        loaded = [weight(k) for weight in weights]
+        if x is None:
+            row = builder.gep(y, [builder.mul(at_k, I64(PANEL))])
+            for c, value in zip(columns, loaded, strict=True):
+                _store(builder, value, builder.gep(row, [I64(c)]))
+        else:
+            x_k = builder.load(builder.gep(x, [at_k]))
+            x_k.align = 4
+            spread = _splat(builder, x_k, WIDTH)
+            added = [_fma(builder, spread, value, total) for value, total in zip(loaded, added, strict=True)]
+    following = builder.add(i, I64(1))
+    i.add_incoming(following, body)
+    for total, value in zip(sums, added, strict=True):
+        total.add_incoming(value, body)
+    builder.cbranch(builder.icmp_signed("<", following, n_records), body, done)
+
+    builder.position_at_end(done)
+    results = [builder.phi(value.type) for value in before]
+    for result, old, new in zip(results, before, added, strict=True):
+        result.add_incoming(old, head)
+        result.add_incoming(new, body)
+    for c, result in zip(columns[: len(results)], results, strict=True):
+        _store(builder, result, builder.gep(y, [I64(c)]))
+
+
+class _Record:
+    """Reads WIDTH neighbouring outputs of one record, part by part."""
+
+    def __init__(self, builder: ir.IRBuilder, kind: str, record: ir.Value, column: int) -> None:
+        self.builder, self.kind, self.record, self.column = builder, kind, record, column
+
+    def load(self, part: str, element: ir.Type, size: int, row: int = 0, shift: int = 0) -> ir.Value:
+        """Elements of `size` bytes of a row of a part, from `shift` bytes further on."""
+        at = part_offset(self.kind, part) + (row * PANEL + self.column) * size + shift
+        vector = _vector(element, WIDTH)
+        pointer = self.builder.bitcast(self.builder.gep(self.record, [I64(at)]), vector.as_pointer())
+        loaded = self.builder.load(pointer)
+        loaded.align = 1
+        return loaded
+
+    def half(self, part: str, row: int = 0) -> ir.Value:
+        return self.builder.fpext(self.load(part, ir.HalfType(), 2, row), _vector(F32, WIDTH))
+
+    def small(self, part: str, signed: bool) -> ir.Value:
+        extend = self.builder.sext if signed else self.builder.zext
+        return self.builder.sitofp(extend(self.load(part, ir.IntType(8), 1), _vector(I32, WIDTH)), _vector(F32, WIDTH))
+
+    def constant(self, value: float) -> ir.Constant:
+        return ir.Constant(_vector(F32, WIDTH), [float(value)] * WIDTH)
+
+    def integer(self, value: int) -> ir.Constant:
+        return ir.Constant(_vector(I32, WIDTH), [value] * WIDTH)
+
+    def quants(self, high_bits: int) -> Callable[[int], tuple[ir.Value, bool]]:
+        """q(k) as int32 lanes; with the flag, 16 q: the high half of a byte is left where it stands, which saves a shift.
+
+        A load that begins j bytes further on has byte j at the bottom of each lane; what is above it is masked away.
+        """
+        builder, dwords = self.builder, {}
+        high = [self.load("high", I32, 4, row) for row in range(max(1, high_bits))] if high_bits else []
+
+        def quant(k: int) -> tuple[ir.Value, bool]:
+            row, byte, odd = k // 8, k % 8 // 2, k % 2
+            if (row, byte) not in dwords:
+                dwords[row, byte] = self.load("quants", I32, 4, row, byte)
+            low = dwords[row, byte]
+            if not high:
+                return builder.and_(low, self.integer(0xF0 if odd else 0x0F)), bool(odd)
+            if odd:
+                low = builder.lshr(low, self.integer(4))
+            per_dword = GROUP // len(high)
+            shift = high_bits * (k % per_dword) - 4
+            above = high[k // per_dword]
+            above = builder.lshr(above, self.integer(shift)) if shift >= 0 else builder.shl(above, self.integer(-shift))
+            bits_above = builder.and_(above, self.integer(((1 << high_bits) - 1) << 4))
+            return builder.or_(builder.and_(low, self.integer(0x0F)), bits_above), False
+
+        return quant
+
+
+Decoder = Callable[[_Record], Callable[[int], ir.Value]]
+
+
+def _scaled(record: _Record, q: ir.Value, times16: bool, bias: int, s: ir.Value) -> ir.Value:
+    """(q - bias) * s, exact."""
+    b = record.builder
+    q = b.sub(q, record.integer(bias * 16 if times16 else bias)) if bias else q
+    scale = b.fmul(s, record.constant(1 / 16)) if times16 else s
+    return b.fmul(b.sitofp(q, _vector(F32, WIDTH)), scale)
+
+
+def _biased(bias: int, high_bits: int) -> Decoder:
+    """d (q - bias): Q4_0, Q5_0; and Q6_K, whose d is d s for the first half of the inputs and d n for the second."""
+
+    def decode(record: _Record) -> Callable[[int], ir.Value]:
+        d, quant = record.half("d"), record.quants(high_bits)
+        halves = [d, d]
+        if high_bits == 2:
+            halves = [record.builder.fmul(d, record.small(part, signed=True)) for part in ("s", "n")]
+        return lambda k: _scaled(record, *quant(k), bias, halves[k // 16])
+
+    return decode
+
+
+def _affine(high_bits: int, small_scales: bool) -> Decoder:
+    """fma(q, d, m): Q4_1, Q5_1; and Q4_K, Q5_K, where d is d s and m is -(m n)."""
+
+    def decode(record: _Record) -> Callable[[int], ir.Value]:
+        b = record.builder
+        d, m, quant = record.half("d"), record.half("m"), record.quants(high_bits)
+        if small_scales:
+            d = b.fmul(d, record.small("s", signed=False))
+            m = b.fneg(b.fmul(m, record.small("n", signed=False)))
+        d16 = b.fmul(d, record.constant(1 / 16))
+
+        def weight(k: int) -> ir.Value:
+            q, times16 = quant(k)
+            return _fma(b, _to_float(record, q, high_bits, times16), d16 if times16 else d, m)
+
+        return weight
+
+    return decode
+
+
+def _to_float(record: _Record, q: ir.Value, high_bits: int, times16: bool) -> ir.Value:
+    """Lanes of whole numbers as floats. On AVX-512, numbers below 16 are looked up in a table: conversion and multiplication
+    share two of a core's four vector pipes, and a permutation has a third."""
+    if WIDTH == 16 and not high_bits and not times16:
+        table = ir.Constant(_vector(F32, 16), [float(i) for i in range(16)])
+        lookup = _declared(record.builder, "llvm.x86.avx512.permvar.sf.512", table.type, [table.type, q.type])
+        return record.builder.call(lookup, [table, q])
+    return record.builder.sitofp(q, _vector(F32, WIDTH))
+
+
+def _bytes(record: _Record) -> Callable[[int], ir.Value]:
+    """d q: Q8_0."""
+    b, d = record.builder, record.half("d")
+
+    def weight(k: int) -> ir.Value:
+        q = b.sext(record.load("quants", ir.IntType(8), 1, k), _vector(I32, WIDTH))
+        return b.fmul(b.sitofp(q, _vector(F32, WIDTH)), d)
+
+    return weight
+
+
+def _bfloat16(record: _Record) -> Callable[[int], ir.Value]:
+    """The upper halves of float32 numbers."""
+    b = record.builder
+
+    def weight(k: int) -> ir.Value:
+        upper = b.zext(record.load("quants", ir.IntType(16), 2, k), _vector(I32, WIDTH))
+        return b.bitcast(b.shl(upper, record.integer(16)), _vector(F32, WIDTH))
+
+    return weight
+
+
+_DECODERS: dict[str, Decoder] = {
+    "Q8_0": _bytes,
+    "Q4_0": _biased(8, high_bits=0),
+    "Q4_1": _affine(high_bits=0, small_scales=False),
+    "Q5_0": _biased(16, high_bits=1),
+    "Q5_1": _affine(high_bits=1, small_scales=False),
+    "Q4_K": _affine(high_bits=0, small_scales=True),
+    "Q5_K": _affine(high_bits=1, small_scales=True),
+    "Q6_K": _biased(32, high_bits=2),
+    "F16": lambda record: partial(record.half, "quants"),
+    "BF16": _bfloat16,
+}
+
+
 def _row_reduction(name: str, neutral: float, combine: Any, what: str) -> Any:
     """An intrinsic name(x, at, low, high): `combine` over elements low to high - 1 of the row that begins `at` floats after x.
 
@@ -272,7 +501,7 @@ def cache_folder() -> Path:
     numba's own check sees only the file in which a function stands, not a helper's, an intrinsic's or a flag's change.
     """
     here = Path(__file__).parent
-    sources = [(here / name).read_bytes() for name in ("microkernel.py", "kernels.py")]
+    sources = [(here / name).read_bytes() for name in ("panels.py", "microkernel.py", "kernels.py")]
     target = (numba.__version__, llvm.llvm_version_info, platform.machine(), CPU_NAME or llvm.get_host_cpu_name(),
               CPU_FEATURES or llvm.get_host_cpu_features().flatten())  # fmt: skip
     key = hashlib.sha256(b"".join(sources) + repr(target).encode()).hexdigest()[:16]
@@ -287,7 +516,7 @@ def cache_folder() -> Path:
     raise OSError(f"no folder to keep compiled kernels in: set NANOKV_CACHE to one that can be written (tried {base})")
 
 
-_FOLDER = str(cache_folder())
+FOLDER = cache_folder()
 
 
 def kernel(signature: str, parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -295,10 +524,53 @@ def kernel(signature: str, parallel: bool = False) -> Callable[[Callable[..., An
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = _FOLDER
+        numba.config.CACHE_DIR = str(FOLDER)
         try:
+            _announce(function)
             return numba.njit(signature, cache=True, parallel=parallel, nogil=True, error_model="numpy")(function)
         finally:
             numba.config.CACHE_DIR = before
 
     return compiled
+
+
+def _announce(function: Callable[..., Any]) -> None:
+    """On a terminal, say what takes so long: a kernel that is not kept yet."""
+    if sys.stderr.isatty() and not any(FOLDER.glob(f"**/*.{function.__name__}-{function.__code__.co_firstlineno}.*.nbi")):
+        print(f"\rnanokv: compiling for this machine, once: {function.__name__.strip('_'):<24}", end="\r", file=sys.stderr)
+
+
+def start_threads() -> int:
+    """Load the library that runs parallel loops, and return the most threads that it can use.
+
+    OpenMP's threads wait for the next loop by spinning, by default for several milliseconds, in which they are in the way of
+    everything else; a third of a millisecond bridges the gaps within a forward pass. The library reads its setting when
+    it is loaded, so it stands in the environment just then. More threads than cores may be asked for: results are the same.
+    """
+    cores = numba.config.NUMBA_NUM_THREADS
+    if "NUMBA_NUM_THREADS" not in os.environ:
+        numba.config.NUMBA_NUM_THREADS = max(cores, 8)
+    spinning = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
+    said = "OMP_WAIT_POLICY" in os.environ
+    ours = {} if said else {name: value for name, value in spinning.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        if numba.config.THREADING_LAYER == "default":
+            numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
+        numba.set_num_threads(cores)
+    finally:
+        for name in ours:
+            del os.environ[name]
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _has_openmp() -> bool:
+    try:
+        from numba.np.ufunc import omppool  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError:
+        warnings.warn("no OpenMP library (libgomp) was found: nanokv runs, but its threads take longer to wake", stacklevel=2)
+        return False
+    return True
+
+
+MAX_THREADS = start_threads()  # before a parallel kernel is compiled or read, which loads the library

@@ -22,8 +22,8 @@ from nanokv.weights import Matrix, Weights
 Array = np.ndarray
 
 
-def prepare(weights: Weights) -> Weights:
-    """The weights in the form that these operations want: plain arrays. The tied head stays the embedding itself."""
+def prepare(weights: Weights, packed: bool = False) -> Weights:
+    """The weights in the form that these operations want: plain arrays, so none is packed. A tied head stays the embedding."""
     return weights.map(np.asarray)
 
 

@@ -11,7 +11,8 @@ def set_threads(n: int) -> None:
     """Use n threads from the next call on, at least 1 and at most as many as `NUMBA_NUM_THREADS` (or the machine's cores)."""
     from nanokv import kernels
 
-    if not 1 <= n <= kernels.MAX_THREADS:
-        raise NanokvError(f"{n} threads were asked for; this process can use 1 to {kernels.MAX_THREADS} "
+    most = kernels.max_threads()
+    if not 1 <= n <= most:
+        raise NanokvError(f"{n} threads were asked for; this process can use 1 to {most} "
                           f"(cores: {os.cpu_count()}; NUMBA_NUM_THREADS sets the most)")  # fmt: skip
     kernels.set_threads(n)
