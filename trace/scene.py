@@ -1,0 +1,111 @@
+"""What a picture of a flow is made of: texts, dots and strokes with their places, in points, y upwards.
+
+A Scene is plain data. Making one draws nothing and needs no program, so tests can ask it whether two texts overlap.
+`layout.py` and `captions.py` make it, `draw.py` turns it into DOT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanokv.trace import labels
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+# Blue and vermillion, of Okabe and Ito (2008), are a pair that colour-blind people tell apart; in grey they differ too.
+FOR, AGAINST = "#0072B2", "#D55E00"
+INK, SOFT, FAINT, RULE, STREAM, MLP, PAPER = "#1F2328", "#5F6368", "#9A9EA3", "#EFEEEA", "#D8D5CD", "#8A6FA3", "#FFFFFF"
+
+MARGIN, NAMES = 16.0, 74.0  # around the picture; where the columns begin, right of the layers' names
+
+
+@dataclass(frozen=True)
+class Text:
+    """Lines of text, centred on `at`, or beginning there if `left`."""
+
+    at: Point
+    lines: tuple[str, ...]
+    size: float
+    color: str
+    left: bool = False
+    tip: str = ""
+
+    @property
+    def box(self) -> Box:
+        """The most room that it may take."""
+        wide, high = max(labels.width(line, self.size) for line in self.lines), 1.2 * self.size * len(self.lines)
+        x = self.at[0] if self.left else self.at[0] - wide / 2
+        return x, self.at[1] - high / 2, x + wide, self.at[1] + high / 2
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A state of the residual stream."""
+
+    at: Point
+    row: int
+    pos: int
+    size: float  # diameter; 0 for a state that nothing but the stream passes through
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A chain of cubic Bezier curves: 3n + 1 points."""
+
+    points: tuple[Point, ...]
+    pen: float
+    color: str
+    alpha: float = 1.0
+    style: str = "solid"  # or dashed, dotted
+    head: float = 0.0  # length of the arrowhead at its end; 0: none
+    ends: tuple[str, str] | None = None  # the ids of the states that it joins
+    tip: str = ""
+
+
+@dataclass
+class Scene:
+    """Everything to be drawn, strokes in the order in which they cover each other, and the edges of the paper."""
+
+    paper: Box = (0.0, 0.0, 0.0, 0.0)
+    strokes: list[Stroke] = field(default_factory=list)
+    dots: list[Dot] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+
+
+def straight(a: Point, b: Point) -> tuple[Point, ...]:
+    """A line from a to b as one Bezier curve."""
+    return tuple((a[0] + (b[0] - a[0]) * t / 3, a[1] + (b[1] - a[1]) * t / 3) for t in range(4))
+
+
+def state_id(row: int, pos: int) -> str:
+    """The one name of a state, in traces, vectors and pictures."""
+    return f"layer{row}.pos{pos}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One token, or a run of tokens where nothing kept happens, folded."""
+
+    first: int
+    last: int
+    lines: tuple[str, ...]
+    width: float
+
+    @property
+    def folded(self) -> bool:
+        return self.last > self.first
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The places of columns and rows."""
+
+    columns: tuple[Column, ...]
+    x: dict[int, float]  # the middle of each position's column; those of a fold share one
+    y: dict[int, float]  # of each row that is shown, ascending; the last row always is
+    folds: tuple[tuple[int, int, float], ...]  # first and last hidden row, and the height of the fold's middle
+    base: float  # where the columns rise from their tokens
+    right: float
+    size: float  # of the tokens' text
