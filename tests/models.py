@@ -19,7 +19,8 @@ CONFIGS = {
     "gpt2": Config(3, 5, 5, 4, 20, 28, 61, 200, norm="layer", learned_positions=True, qkv_bias=True, out_bias=True,
                    mlp_bias=True, gated_mlp=False, activation="gelu_tanh"),
     "gemma3": Config(4, 6, 2, 6, 20, 28, 61, 200, rope=_ROPE, rope_local=Rope(10.0), window=5,
-                     sliding=(True, True, False, True), qk_norm=True, post_norms=True, activation="gelu_tanh", embed_scale=20**0.5, attn_scale=10**-0.5),
+                     sliding=(True, True, False, True), qk_norm=True, post_norms=True, activation="gelu_tanh",
+                     embed_scale=20**0.5, attn_scale=10**-0.5),
     "gelu": Config(2, 3, 1, 4, 20, 28, 61, 200, norm="none", activation="gelu", gated_mlp=False, learned_positions=True),
     "relu": Config(2, 3, 1, 4, 20, 28, 61, 200, activation="relu", rope=_ROPE, mlp_bias=True),
 }  # fmt: skip
