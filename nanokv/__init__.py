@@ -10,7 +10,7 @@ Recording and drawing: `nanokv.trace`.
 
 from nanokv.cache import KVCache
 from nanokv.config import Config, Rope
-from nanokv.edits import Cut
+from nanokv.edits import Add, Cut, Replace, ZeroValue, transplant
 from nanokv.errors import NanokvError
 from nanokv.generate import generate
 from nanokv.load import load
@@ -19,6 +19,6 @@ from nanokv.transformer import Transformer
 from nanokv.weights import BlockWeights, Weights
 
 __all__ = [
-    "BlockWeights", "Config", "Cut", "KVCache", "NanokvError", "Rope", "Transformer", "Weights", "generate", "load",
-    "set_threads",
+    "Add", "BlockWeights", "Config", "Cut", "KVCache", "NanokvError", "Replace", "Rope", "Transformer", "Weights",
+    "ZeroValue", "generate", "load", "set_threads", "transplant",
 ]  # fmt: skip

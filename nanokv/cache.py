@@ -119,6 +119,19 @@ class KVCache:
         first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
         return Slots(layer, start, kv_head, first, stop)
 
+    @contextmanager
+    def holding(self, layer: int, pos: int, k: np.ndarray | None, v: np.ndarray | None) -> Iterator[None]:
+        """Let a written slot hold another key or value, [G, hd], for a while: an intervention. What it held comes back."""
+        key = self.key_blocks[layer][:, pos // BLOCK, :, pos % BLOCK]
+        value = self.value_rows[layer][:, pos, : self.config.head_dim]
+        before = key.copy(), value.copy()
+        try:
+            key[:] = key if k is None else k
+            value[:] = value if v is None else v
+            yield
+        finally:
+            key[:], value[:] = before
+
     def commit(self, tokens: np.ndarray, last_logits: np.ndarray) -> None:
         """End a call well: its positions stay."""
         expected = self.length + len(tokens)

@@ -482,15 +482,17 @@ def _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width
 
 
 @numba.njit(**OPTIONS)
-def _softmax(scores, at, low, high, scale, cut, scores_out, weights_out, out_at):
+def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out, out_at):
     """Pass 2: in the row that begins at `at`, scores of columns low to high - 1 become exp(score * scale - max); their sum.
 
-    cut: columns whose score is -inf. The outputs, if they are not empty, get the scaled scores and the weights.
+    cut: columns whose score is -inf or, where zeroed, whose weight is 0 in the end. The outputs, if
+    they are not empty, get the scaled scores and the weights.
     """
     for j in range(low, high):
         scores[at + j] = scores[at + j] * scale
-    for c in cut:
-        scores[at + c] = -np.inf
+    for i in range(len(cut)):
+        if not zeroed[i]:
+            scores[at + cut[i]] = -np.inf
     if len(scores_out) > 0:
         for j in range(low, high):
             scores_out[out_at + j - low] = scores[at + j]
@@ -502,6 +504,9 @@ def _softmax(scores, at, low, high, scale, cut, scores_out, weights_out, out_at)
     total = row_sum(scores, at, low, high)
     if total == F(0.0):
         total = F(1.0)
+    for i in range(len(cut)):
+        if zeroed[i]:
+            scores[at + cut[i]] = F(0.0)
     if len(weights_out) > 0:
         for j in range(low, high):
             weights_out[out_at + j - low] = scores[at + j] / total
@@ -532,14 +537,14 @@ def _weighted_rows(e, width, m, t0, t1, first, stop, values, g, base, column, su
 
 @numba.njit(**OPTIONS)
 def _cut_of(cuts, head, dst, base):
-    """The columns cut from a row, ascending. cuts [n, 3] are (head, dst, src) in ascending order."""
-    cut = np.empty(len(cuts), np.int64)
+    """The columns cut from a row, ascending, and whether by weight. cuts [n, 4] are (head, dst, src, zeroed), ascending."""
+    cut, zeroed = np.empty(len(cuts), np.int64), np.empty(len(cuts), np.bool_)
     n = 0
     for i in range(len(cuts)):
         if cuts[i, 0] == head and cuts[i, 1] == dst:
-            cut[n] = cuts[i, 2] - base
+            cut[n], zeroed[n] = cuts[i, 2] - base, cuts[i, 3] == 1
             n += 1
-    return cut[:n]
+    return cut[:n], zeroed[:n]
 
 
 @numba.njit(**OPTIONS)
@@ -549,7 +554,7 @@ def _weighted_uncut(e, width, head0, m, t0, t1, start, first, stop, cuts, values
         for r in range(m):
             row = (t - t0) * m + r
             low = np.int64(first[t])
-            for c in _cut_of(cuts, head0 + r, start + t, base):
+            for c in _cut_of(cuts, head0 + r, start + t, base)[0]:
                 _weighted(e, row * width, width, 1, values, g, low, c + base, base, column, sums, row * padded, padded)
                 low = c + base + 1
             _weighted(e, row * width, width, 1, values, g, low, stop[t], base, column, sums, row * padded, padded)
@@ -561,10 +566,10 @@ def _softmax_rows(scores, width, head0, m, t0, t1, r, start, first, stop, base, 
     totals = np.empty(t1 - t0, F)
     n_reads = np.int64(0) if len(out_at) == 0 else out_at[-1]
     for t in range(t0, t1):
-        cut = _cut_of(cuts, head0 + r, start + t, base)
+        cut, zeroed = _cut_of(cuts, head0 + r, start + t, base)
         at = (head0 + r) * n_reads + out_at[t]
         row = ((t - t0) * m + r) * width
-        totals[t - t0] = _softmax(scores, row, first[t] - base, stop[t] - base, scale, cut, scores_out, weights_out, at)
+        totals[t - t0] = _softmax(scores, row, first[t] - base, stop[t] - base, scale, cut, zeroed, scores_out, weights_out, at)
     return totals
 
 
@@ -675,7 +680,7 @@ def attention(
     subtracted, exp taken, and summed in sixteen lanes by slot mod 16; e v is summed by fma over slots, ascending; the
     division by the sum comes last. A slot outside the mask, or cut, is neither multiplied nor added."""
     z = np.empty(q.shape, F)
-    cuts = _NO_CUTS if cuts is None else cuts[np.lexsort(cuts.T[::-1])]
+    cuts = _NO_CUTS if cuts is None else cuts
     out_at = np.zeros(len(q) + 1, np.int64)
     np.cumsum(slots.stop - slots.first, out=out_at[1:])
     outs = [_NOTHING if out is None else out.reshape(-1) for out in (scores_out, weights_out)]
@@ -687,7 +692,7 @@ def attention(
 
 
 PARALLEL_READS = 1 << 10  # reads, over all heads, from which a second thread is worth waking
-_NO_CUTS, _NOTHING = np.zeros((0, 3), np.int64), np.zeros(0, F)
+_NO_CUTS, _NOTHING = np.zeros((0, 4), np.int64), np.zeros(0, F)
 
 
 def _runs(kv_head: Array) -> Array:

@@ -100,9 +100,9 @@ def attention(
     """z = softmax(q k^T scale) v over the slots that each position reads. The only place where positions meet.
 
     Query head h reads key/value head slots.kv_head[h] (Ainslie et al. 2023). The keys and values come from the cache
-    alone, this call's own among them. cuts, int [n, 3], are (head, dst, src) whose score becomes -inf; a head whose every
-    score is -inf reads nothing, and its z is 0. weights_out and scores_out, each [H, R], are filled if given: the R reads
-    in order of dst, then of src.
+    alone, this call's own among them. cuts, int [n, 4], are (head, dst, src, zeroed): the edge's score becomes -inf or, if
+    zeroed is 1, its weight 0. A head whose every score is -inf reads nothing, and its z is 0. weights_out and scores_out,
+    each [H, R], are filled if given: the R reads in order of dst, then of src.
     """
     k = cache.keys(slots.layer)[:, slots.kv_head]  # [S, H, hd]
     v = cache.values(slots.layer)[:, slots.kv_head]  # [S, H, hd]
@@ -110,8 +110,11 @@ def attention(
     mask = slots.mask()  # [T, S]
     scores[:, ~mask] = -np.inf
     if cuts is not None:
-        scores[cuts[:, 0], cuts[:, 1] - slots.start, cuts[:, 2]] = -np.inf
+        head, t, src, zeroed = cuts[:, 0], cuts[:, 1] - slots.start, cuts[:, 2], cuts[:, 3] == 1
+        scores[head[~zeroed], t[~zeroed], src[~zeroed]] = -np.inf
     weights = softmax(scores)  # [H, T, S]
+    if cuts is not None:
+        weights[head[zeroed], t[zeroed], src[zeroed]] = 0
     if weights_out is not None:
         weights_out[:] = weights[:, mask]
     if scores_out is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -23,7 +24,7 @@ import numpy as np
 
 from nanokv.cache import KVCache, Slots
 from nanokv.config import Config, Rope
-from nanokv.edits import Edit, cuts_by_layer
+from nanokv.edits import Edit, Edits, added, sorted_edits
 from nanokv.errors import ConfigError, EmptyPromptError, TokenError
 from nanokv.gguf_file import FileTensor
 from nanokv.weights import BlockWeights, Weights, check
@@ -78,8 +79,16 @@ class Call:
     cache: KVCache
     start: int  # the first of the T new positions
     rotations: dict[Rope, tuple[Array, Array]]  # cos and sin, [T, hd/2] each, of every Rope that the model uses
-    cuts: dict[int, Array]  # the edges knocked out of each layer
+    edits: Edits
     observer: Observer
+
+    def state(self, site: str, layer: int, x: Array) -> Array:
+        """Report a state of the T positions, after what an edit adds to it."""
+        adds = self.edits.states.get((site, layer))
+        if adds is not None:
+            x = added(x, adds, self.start)
+        self.observer.state(site, layer, self.start, x)
+        return x
 
 
 class Transformer:
@@ -128,11 +137,13 @@ class Transformer:
         cache = self.new_cache() if cache is None else cache
         observer = Unobserved() if observer is None else observer
         with cache.step(len(tokens)) as start:
-            cuts = cuts_by_layer(edits, config, start, len(tokens))
-            call = Call(cache, start, self._rotations(start, len(tokens)), cuts, observer)
+            sorted_ = sorted_edits(edits, config, start, len(tokens))
+            call = Call(cache, start, self._rotations(start, len(tokens)), sorted_, observer)
             if hasattr(observer, "attach"):
                 observer.attach(self, cache)
             observer.begin(cache.steps, tokens, start)
+            if edits and hasattr(observer, "edited"):
+                observer.edited(edits)
             try:
                 x = self._embedded(tokens, start)  # [T, D]
                 for layer, block in enumerate(weights.blocks):
@@ -191,7 +202,7 @@ class Transformer:
 def attention_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array, call: Call) -> Array:
     """x + attention(norm(x)): each position writes its key and value to the cache, then reads those that its mask allows."""
     config, ops, cache, observer = model.config, model.ops, call.cache, call.observer
-    observer.state("resid_pre", layer, call.start, x)
+    x = call.state("resid_pre", layer, x)  # [T, D]
     h = model.norm(x, w.attn_norm, w.attn_norm_bias)  # [T, D]
     q, k, v = ops.linears(h, (w.wq, w.wk, w.wv), (w.bq, w.bk, w.bv))  # [T, H*hd], [T, G*hd], [T, G*hd]
     q = q.reshape(-1, config.n_heads, config.head_dim)  # [T, H, hd]
@@ -204,29 +215,32 @@ def attention_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array
     if rope is not None:
         q = ops.rope(q, *call.rotations[rope], config.rope_pairs)  # [T, H, hd]
         k = ops.rope(k, *call.rotations[rope], config.rope_pairs)  # [T, G, hd]
-    cache.write(layer, call.start, k, v)
     observer.state("q", layer, call.start, q)
+    cache.write(layer, call.start, k, v)
     observer.write(layer, call.start, k, v)
 
     slots = cache.read(layer, call.start, len(x), model.kv_head, config.window_of(layer))
     weights, scores = (
         np.empty((config.n_heads, slots.count), x.dtype) if observer.wants(site) else None for site in ("pattern", "scores")
     )
-    z = ops.attention(q, cache, slots, config.attn_scale, call.cuts.get(layer), weights, scores)  # [T, H, hd]
+    with ExitStack() as replaced:
+        for entry in call.edits.entries.get(layer, ()):
+            replaced.enter_context(cache.holding(layer, entry.pos, entry.k, entry.v))
+        z = ops.attention(q, cache, slots, config.attn_scale, call.edits.edges.get(layer), weights, scores)  # [T, H, hd]
     observer.read(layer, call.start, slots, scores, weights)
     observer.state("z", layer, call.start, z)
 
     attn_out = ops.linear(z.reshape(len(x), -1), w.wo, w.bo)  # [T, D]
     if config.post_norms:
         attn_out = model.norm(attn_out, w.post_attn_norm, None)  # [T, D]
-    observer.state("attn_out", layer, call.start, attn_out)
+    attn_out = call.state("attn_out", layer, attn_out)  # [T, D]
     return ops.add(x, attn_out)
 
 
 def mlp_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array, call: Call) -> Array:
     """x + mlp(norm(x)): each position by itself."""
-    config, ops, observer = model.config, model.ops, call.observer
-    observer.state("resid_mid", layer, call.start, x)
+    config, ops = model.config, model.ops
+    x = call.state("resid_mid", layer, x)  # [T, D]
     h = model.norm(x, w.mlp_norm, w.mlp_norm_bias)  # [T, D]
     if config.gated_mlp:
         gate, up = ops.linears(h, (w.w_gate, w.w_up), (w.b_gate, w.b_up))  # [T, F], [T, F]
@@ -236,10 +250,8 @@ def mlp_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array, call
     mlp_out = ops.linear(a, w.w_down, w.b_down)  # [T, D]
     if config.post_norms:
         mlp_out = model.norm(mlp_out, w.post_mlp_norm, None)  # [T, D]
-    observer.state("mlp_out", layer, call.start, mlp_out)
-    x = ops.add(x, mlp_out)  # [T, D]
-    observer.state("resid_post", layer, call.start, x)
-    return x
+    mlp_out = call.state("mlp_out", layer, mlp_out)  # [T, D]
+    return call.state("resid_post", layer, ops.add(x, mlp_out))
 
 
 def checked_tokens(tokens: Sequence[int] | Array, vocab_size: int) -> Array:

@@ -11,8 +11,9 @@ from models import CONFIGS, model, tokens
 
 from nanokv.cache import KVCache
 from nanokv.config import Config
-from nanokv.edits import Cut
+from nanokv.edits import Add, Cut, Replace, ZeroValue, transplant
 from nanokv.errors import ConfigError, ContextFullError, EditError, EmptyPromptError, TokenError, WeightsError
+from nanokv.trace import Recorder
 from nanokv.transformer import Transformer, Unobserved
 from nanokv.weights import Weights
 
@@ -238,3 +239,61 @@ def test_equal_models_have_equal_fingerprints_whatever_computes_them() -> None:
     fingerprints = {model(CONFIGS["gemma3"], ops=ops).fingerprint for ops in ("numpy", "numba")}
     assert len(fingerprints) == 1
     assert model(CONFIGS["gemma3"], seed=1, ops="numpy").fingerprint not in fingerprints
+
+
+@pytest.mark.parametrize("ops", ["numpy", "numba"])
+def test_a_zeroed_edge_takes_away_exactly_what_it_brought(ops: str) -> None:
+    small, ids = model(CONFIGS["llama"], ops=ops), tokens(CONFIGS["llama"], 6)
+    recorder = Recorder(level="states")
+    small.forward(ids, observer=recorder)
+    trace, layer, head, dst, src = recorder.trace, 1, 4, 5, 2
+    wo = np.asarray(small.weights.blocks[layer].wo)[:, head * 4 : head * 4 + 4]
+    part = trace.pattern(layer)[head, dst, src] * wo @ trace.values(layer)[src, head // 3]
+    states = States()
+    small.forward(ids, observer=states, edits=[ZeroValue(layer, dst, src, head)])
+    assert np.allclose(states.rows["resid_mid", layer, dst], trace.state("resid_mid", layer)[dst] - part, atol=1e-6)
+
+
+@pytest.mark.parametrize("ops", ["numpy", "numba"])
+@pytest.mark.parametrize("past", [0, 5])
+def test_a_transplanted_entry_is_read_and_then_gone_again(ops: str, past: int) -> None:
+    small, ids = model(CONFIGS["gemma3"], ops=ops), tokens(CONFIGS["gemma3"], 6)
+    other, cache = small.new_cache(), small.new_cache()
+    small.forward(ids[::-1].copy(), other)
+    if past:
+        small.forward(ids[:past], cache)
+    before = [cache.keys(layer).copy() for layer in range(4)]
+    clean = small.forward(ids[past:], cache.copy())
+    changed = small.forward(ids[past:], cache, edits=[transplant(other, 1, 2)])
+    assert not np.array_equal(clean[-1], changed[-1])
+    for layer in range(4):
+        assert np.array_equal(cache.keys(layer)[:past], before[layer])
+
+
+def test_transplanting_an_entry_onto_itself_changes_nothing() -> None:
+    small, ids = model(CONFIGS["llama"]), tokens(CONFIGS["llama"], 6)
+    cache = small.new_cache()
+    logits = small.forward(ids, cache)
+    assert np.array_equal(small.forward(ids, edits=[transplant(cache, layer, 3) for layer in range(3)]), logits)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"])
+def test_what_is_added_to_a_state_changes_it_and_only_what_can_see_it(site: str) -> None:
+    small, ids = model(CONFIGS["llama"]), tokens(CONFIGS["llama"], 6)
+    clean, edited = States(), States()
+    small.forward(ids, observer=clean)
+    vector = np.ones(20, np.float32)
+    small.forward(ids, observer=edited, edits=[Add(site, 1, 3, vector)])
+    assert np.array_equal(edited.rows[site, 1, 3], clean.rows[site, 1, 3] + vector)
+    for (name, layer, pos), row in clean.rows.items():
+        if layer < 1 or pos < 3 or (layer == 1 and pos > 3 and site != "resid_pre"):
+            assert np.array_equal(edited.rows[name, layer, pos], row)
+
+
+@pytest.mark.parametrize(
+    "edit", [Add("z", 1, 3, np.ones(20)), Add("resid_pre", 1, 9, np.ones(20)), Add("resid_pre", 1, 3, np.ones(4)),
+             Replace(1, 9, np.ones((2, 4))), Replace(1, 1, np.ones(4)), Replace(3, 1), "cut it"], ids=lambda e: str(e)[:30]
+)  # fmt: skip
+def test_an_edit_that_cannot_be_made_is_an_error(edit: Any) -> None:
+    with pytest.raises(EditError):
+        model(CONFIGS["llama"]).forward([1, 2, 3, 4, 5, 6], edits=[edit])
