@@ -64,8 +64,8 @@ class KVCache:
         self.steps = 0  # calls so far
         self._written = [0] * config.n_layers  # slots written so far; ahead of length inside a call
         padded = -(-config.head_dim // BLOCK) * BLOCK
-        self.key_blocks = [np.zeros((config.n_kv_heads, 0, config.head_dim, BLOCK), dtype) for _ in self._written]
-        self.value_rows = [np.zeros((config.n_kv_heads, 0, padded), dtype) for _ in self._written]
+        self.key_blocks = np.zeros((config.n_layers, config.n_kv_heads, 0, config.head_dim, BLOCK), dtype)
+        self.value_rows = np.zeros((config.n_layers, config.n_kv_heads, 0, padded), dtype)
 
     @property
     def length(self) -> int:
@@ -101,13 +101,13 @@ class KVCache:
         if start != self._written[layer]:
             raise CacheError(f"layer {layer}: slot {start} was given to write, but {self._written[layer]} is the next; "
                              "an entry is written once, in order, and never again")  # fmt: skip
-        if start + n > self.value_rows[layer].shape[1]:
+        if start + n > self.value_rows.shape[2]:
             raise ContextFullError(f"layer {layer}: slots up to {start + n - 1} were given to write, past the end of the cache")
+        self.value_rows[layer][:, start : start + n, : v.shape[2]] = v.transpose(1, 0, 2)
         for block in range(start // BLOCK, -(-(start + n) // BLOCK)):
             low, high = max(start, block * BLOCK), min(start + n, (block + 1) * BLOCK)
             part = k[low - start : high - start].transpose(1, 2, 0)  # [G, hd, slots]
             self.key_blocks[layer][:, block, :, low - block * BLOCK : high - block * BLOCK] = part
-        self.value_rows[layer][:, start : start + n, : v.shape[2]] = v.transpose(1, 0, 2)
         self._written[layer] = start + n
 
     def read(self, layer: int, start: int, n: int, kv_head: np.ndarray, window: int | None = None) -> Slots:
@@ -146,8 +146,7 @@ class KVCache:
         other = KVCache(self.config, self.dtype)
         other.tokens, other.steps, other._written = self.tokens.copy(), self.steps, list(self._written)
         other.last_logits = None if self.last_logits is None else self.last_logits.copy()
-        other.key_blocks = [blocks.copy() for blocks in self.key_blocks]
-        other.value_rows = [rows.copy() for rows in self.value_rows]
+        other.key_blocks, other.value_rows = self.key_blocks.copy(), self.value_rows.copy()
         return other
 
     def save(self, path: str | Path, model: Transformer) -> None:
@@ -179,15 +178,15 @@ class KVCache:
 
     def _reserve(self, n: int) -> None:
         """Room for n slots: doubled when it runs out, so that growing costs each slot one copy on average."""
-        have = self.value_rows[0].shape[1] // BLOCK
+        have = self.key_blocks.shape[2]
         need = -(-n // BLOCK)
         if need <= have:
             return
         more = max(need, 2 * have, 4) - have
-        for layer, (blocks, rows) in enumerate(zip(self.key_blocks, self.value_rows, strict=True)):
-            g, _, hd, _ = blocks.shape
-            self.key_blocks[layer] = np.concatenate([blocks, np.zeros((g, more, hd, BLOCK), self.dtype)], axis=1)
-            self.value_rows[layer] = np.concatenate([rows, np.zeros((g, more * BLOCK, rows.shape[2]), self.dtype)], axis=1)
+        layers, g, _, hd, _ = self.key_blocks.shape
+        self.key_blocks = np.concatenate([self.key_blocks, np.zeros((layers, g, more, hd, BLOCK), self.dtype)], axis=2)
+        more_rows = np.zeros((layers, g, more * BLOCK, self.value_rows.shape[3]), self.dtype)
+        self.value_rows = np.concatenate([self.value_rows, more_rows], axis=2)
 
 
 _FORMAT = "nanokv cache 1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
+from functools import lru_cache
 from typing import Literal
 
 from nanokv.errors import ConfigError
@@ -27,6 +28,7 @@ class Rope:
         if self.divisors is not None:
             _require(all(map(_positive, self.divisors)), "every RoPE divisor must be a positive number")
 
+    @lru_cache  # noqa: B019  # a Rope is small, and there are few
     def frequencies(self, head_dim: int) -> list[float]:
         """Radians a position of each of the hd/2 pairs: the float64 nearest to the power, over the divisor."""
         with localcontext() as context:

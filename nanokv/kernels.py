@@ -10,9 +10,10 @@ How matrices lie in memory, as float32 or quantised, stands in `panels.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -31,6 +32,7 @@ from nanokv.microkernel import (
     row_max,
     row_sum,
     row_sum_of_squares,
+    specialised,
     tile,
 )
 from nanokv.ops import rope_table as rope_table  # the same table: its entries are defined, not computed in an order
@@ -52,6 +54,7 @@ class Job:
     """Matrices of one kind that multiply the same x in one go."""
 
     kind: str
+    kernels: tuple[Callable[..., None], Callable[..., None]]  # on one thread, on several
     table: Array  # int64 [panels, 4]: where it lies, outputs of earlier matrices, its first output, its matrix's outputs
 
 
@@ -61,7 +64,7 @@ class Group:
 
     jobs: tuple[Job, ...]
     bias: Array  # float32 [all outputs], or empty
-    n_outputs: tuple[int, ...]
+    ends: tuple[int, ...]  # 0, and where the outputs of each matrix end
 
 
 def prepare(weights: Weights, packed: bool = False) -> Weights:
@@ -90,10 +93,10 @@ def _group(ws: Sequence[Panels], bs: Sequence[Array | None]) -> Group:
                 for p in range(n_panels(outputs[m]))
                 if w.kind == kind
             ]
-            jobs.append(Job(kind, np.array(rows, np.int64).reshape(-1, 4)))
+            jobs.append(Job(kind, _linears_of(kind), np.array(rows, np.int64).reshape(-1, 4)))
         bias = [np.zeros(n, F) if b is None else b for n, b in zip(outputs, bs, strict=True)]
         none = all(b is None for b in bs)
-        groups[key] = Group(tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), outputs)
+        groups[key] = Group(tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), tuple(before.tolist()))
     return groups[key]
 
 
@@ -123,26 +126,32 @@ def exp(x):
 
 
 @numba.njit(inline="always", **OPTIONS)
+def _with_sign_of(a, x):
+    """a, which is not negative, with x's sign bit."""
+    return from_bits(bits(a) | (bits(x) & np.int32(-(2**31))))
+
+
+@numba.njit(inline="always", **OPTIONS)
 def tanh(x):
-    """tanh x, within 1.4 units in the last place. |x| < 0.6: x + x s P(s), s = x^2; else 1 - 2 / (exp(2|x|) + 1), signed."""
+    """tanh x, within 1.4 units in the last place. With a = |x| < 0.6: a + a s P(s), s = a^2; else 1 - 2 / (exp(2a) + 1)."""
     a = abs(x)
     large = F(1.0) - F(2.0) / (exp(a + a) + F(1.0))
-    s = x * x
+    s = a * a
     p = F(-0.00589515036)
     p = fma(p, s, F(0.0207959637))
     p = fma(p, s, F(-0.0537838265))
     p = fma(p, s, F(0.133319244))
     p = fma(p, s, F(-0.333332986))
-    small = fma(p * s, x, x)
-    return small if a < F(0.6) else (-large if x < F(0.0) else large)
+    small = fma(p * s, a, a)
+    return _with_sign_of(small if a < F(0.6) else large, x)
 
 
 @numba.njit(inline="always", **OPTIONS)
 def erf(x):
-    """erf x, within 1.2 units in the last place. |x| < 0.92: x + x P(x^2); else 1 - exp(-Q(|x|)), signed; 1 from 4 on."""
+    """erf x, within 1.2 units in the last place. With a = |x| < 0.92: a + a P(a^2); else 1 - exp(-Q(a)); 1 from 4 on."""
     a = abs(x)
     a = F(4.0) if a > F(4.0) else a
-    s = x * x
+    s = a * a
     p = F(8.31677244e-05)
     p = fma(p, s, F(-0.000813001185))
     p = fma(p, s, F(0.00519990642))
@@ -150,7 +159,7 @@ def erf(x):
     p = fma(p, s, F(0.112836875))
     p = fma(p, s, F(-0.376126319))
     p = fma(p, s, F(0.128379166))
-    small = fma(p, x, x)
+    small = fma(p, a, a)
     q = F(7.37456389e-07)
     q = fma(q, a, F(1.13113501e-05))
     q = fma(q, a, F(-0.000378849683))
@@ -161,7 +170,7 @@ def erf(x):
     q = fma(q, a, F(1.12938178))
     q = fma(q, a, F(-0.000150613705))
     large = F(1.0) - exp(-q)
-    return small if a < F(0.92) else (-large if x < F(0.0) else large)
+    return _with_sign_of(small if a < F(0.92) else large, x)
 
 
 @numba.njit(inline="always", **OPTIONS)
@@ -196,10 +205,11 @@ def _rows_of(columns):
         if n_rows >= 4:
             tile(4, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
             x_at, y_at, n_rows = x_at + 4 * x_row, y_at + 4 * y_row, n_rows - 4
-        if n_rows >= 2:
+        if n_rows == 3:
+            tile(3, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
+        elif n_rows == 2:
             tile(2, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
-            x_at, y_at, n_rows = x_at + 2 * x_row, y_at + 2 * y_row, n_rows - 2
-        if n_rows >= 1:
+        elif n_rows == 1:
             tile(1, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
 
     return rows
@@ -209,76 +219,100 @@ _panel_rows, _block_rows = _rows_of(PANEL), _rows_of(BLOCK)
 
 
 @numba.njit(**OPTIONS)
-def _finish_panel(sums, n_rows, job, bias, y):
-    """Add the bias to a panel's sums [T, PANEL] and put them in their columns of y [T, N], behind earlier matrices' outputs."""
-    _, before, column, n = job
-    columns = min(PANEL, n - column)
+def _add_bias(sums, at, n_rows, row, columns, bias, first):
     if len(bias) > 0:
         for i in range(n_rows):
             for c in range(columns):
-                sums[i * PANEL + c] += bias[before + column + c]
-    for i in range(n_rows):
-        y_at = n_rows * before + i * n + column
-        for c in range(columns):
-            y[y_at + c] = sums[i * PANEL + c]
+                sums[at + i * row + c] += bias[first + c]
 
 
 @numba.njit(**OPTIONS)
-def _float_panel(x, weights, job, bias, y):
-    n_rows, n_k = x.shape
-    sums = np.zeros(n_rows * PANEL, F)
-    _panel_rows(x, 0, n_k, n_rows, weights, job[0], PANEL, n_k, sums, 0, PANEL)
-    _finish_panel(sums, n_rows, job, bias, y)
+def _put_panel(sums, n_rows, job, bias, y):
+    """Add the bias to a panel's sums [T, PANEL] and put them in their columns of y [T, N], behind earlier matrices' outputs."""
+    _, before, column, n = job
+    columns = min(PANEL, n - column)
+    _add_bias(sums, 0, n_rows, PANEL, columns, bias, before + column)
+    for i in range(n_rows):
+        y_at = n_rows * before + i * n + column
+        y[y_at : y_at + columns] = sums[i * PANEL : i * PANEL + columns]
 
 
-def _packed_panel_of(kind):
+@numba.njit(**OPTIONS)
+def _float_row(x, weights, at, n_k, y, y_at):
+    tile(1, PANEL, x, 0, n_k, weights, at, PANEL, n_k, y, y_at, PANEL)
+
+
+@numba.njit(**OPTIONS)
+def _float_rows(x, weights, at, n_k, n_rows, sums):
+    _panel_rows(x, 0, n_k, n_rows, weights, at, PANEL, n_k, sums, 0, PANEL)
+
+
+def _packed_rows_of(kind):
     """For quantised weights: one row decodes them as it goes, several rows share a panel decoded beforehand."""
     dot, unpack = packed_tile(kind, one_row=True), packed_tile(kind, one_row=False)
 
     @numba.njit(**OPTIONS)
-    def packed_panel(x, weights, job, bias, y):
-        n_rows, n_k = x.shape
-        sums = np.zeros(n_rows * PANEL, F)
-        if n_rows == 1:
-            dot(x, 0, weights, job[0], n_k // GROUP, sums, 0)
-        else:
-            panel = np.empty(n_k * PANEL, F)
-            unpack(weights, job[0], n_k // GROUP, panel, 0)
-            _panel_rows(x, 0, n_k, n_rows, panel, 0, PANEL, n_k, sums, 0, PANEL)
-        _finish_panel(sums, n_rows, job, bias, y)
+    def packed_row(x, weights, at, n_k, y, y_at):
+        dot(x, 0, weights, at, n_k // GROUP, y, y_at)
 
-    return packed_panel
+    @numba.njit(**OPTIONS)
+    def packed_rows(x, weights, at, n_k, n_rows, sums):
+        panel = np.empty(n_k * PANEL, F)
+        unpack(weights, at, n_k // GROUP, panel, 0)
+        _panel_rows(x, 0, n_k, n_rows, panel, 0, PANEL, n_k, sums, 0, PANEL)
+
+    return packed_row, packed_rows
+
+
+def _panel_of(one_row, rows):
+    """One panel of one job (a row of a Job's table) for all T rows of x; y is flat, a matrix's [T, N] after another's, and
+    holds 0 if T is 1, so that a panel can be summed where it belongs."""
+
+    @numba.njit(**OPTIONS)
+    def panel(x, weights, job, bias, y):
+        n_rows, n_k = x.shape
+        at, before, column, n = job
+        if n_rows == 1 and column + PANEL <= n:
+            one_row(x, weights, at, n_k, y, before + column)
+            _add_bias(y, before + column, 1, PANEL, PANEL, bias, before + column)
+        else:
+            sums = np.zeros(n_rows * PANEL, F)
+            if n_rows == 1:
+                one_row(x, weights, at, n_k, sums, 0)
+            else:
+                rows(x, weights, at, n_k, n_rows, sums)
+            _put_panel(sums, n_rows, job, bias, y)
+
+    return panel
+
+
+def _linears(x, weights, table, bias, y):
+    for p in range(len(table)):
+        panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)  # noqa: F821  # see specialised
+
+
+def _linears_parallel(x, weights, table, bias, y):
+    for p in prange(len(table)):
+        panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)  # noqa: F821
 
 
 @lru_cache
 def _linears_of(kind):
-    """The kernels for matrices of a kind, on one thread and on several."""
-    panel = _float_panel if kind == "F32" else _packed_panel_of(kind)
+    """The kernels for matrices of a kind, on one thread and on several; compiled when a model first has that kind."""
+    panel = _panel_of(*((_float_row, _float_rows) if kind == "F32" else _packed_rows_of(kind)))
     signature = f"void({F2},{F1 if kind == 'F32' else 'u1[::1]'},{I2},{F1},{F1})"
+    alone = kernel(signature)(specialised(_linears, kind, panel=panel))
+    return alone, kernel(signature, parallel=True)(specialised(_linears_parallel, kind, panel=panel))
 
-    @kernel(signature)
-    def linears(x, weights, table, bias, y):
-        for p in range(len(table)):
-            panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
 
-    @kernel(signature, parallel=True)
-    def linears_parallel(x, weights, table, bias, y):
-        for p in prange(len(table)):
-            panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
-
-    return linears, linears_parallel
+def _unpack(weights, at, step, n, n_k, y):
+    for p in range(n):
+        unpack(weights, at + p * step, n_k // GROUP, y, p * n_k * PANEL)  # noqa: F821
 
 
 @lru_cache
 def _unpack_of(kind):
-    unpack = packed_tile(kind, one_row=False)
-
-    @kernel(f"void(u1[::1],i8,i8,i8,i8,{F1})")
-    def unpack_panels(weights, at, step, n, n_k, y):
-        for p in range(n):
-            unpack(weights, at + p * step, n_k // GROUP, y, p * n_k * PANEL)
-
-    return unpack_panels
+    return kernel(f"void(u1[::1],i8,i8,i8,i8,{F1})")(specialised(_unpack, kind, unpack=packed_tile(kind, one_row=False)))
 
 
 def unpacked(panels: Panels, first: int = 0, n: int | None = None) -> Array:
@@ -297,17 +331,12 @@ def linear(x: Array, w: Panels, b: Array | None = None) -> Array:  # [T, K], [N,
 
 def linears(x: Array, ws: Sequence[Panels], bs: Sequence[Array | None]) -> list[Array]:
     """Several linear maps of the same x: [T, N] for each."""
-    group, arena = _group(ws, bs), ws[0].arena
-    t, total = len(x), sum(group.n_outputs)
-    y = np.empty(t * total, F)
+    group, arena, t = _group(ws, bs), ws[0].arena, len(x)
+    y = (np.zeros if t == 1 else np.empty)(t * group.ends[-1], F)
     for job in group.jobs:
-        run = _linears_of(job.kind)[x.size * total >= PARALLEL_WORK]
-        run(x, arena.floats if job.kind == "F32" else arena.packed, job.table, group.bias, y)
-    results, at = [], 0
-    for n in group.n_outputs:
-        results.append(y[at : at + t * n].reshape(t, n))
-        at += t * n
-    return results
+        weights = arena.floats if job.kind == "F32" else arena.packed
+        job.kernels[x.size * group.ends[-1] >= PARALLEL_WORK](x, weights, job.table, group.bias, y)
+    return [y[t * first : t * end].reshape(t, end - first) for first, end in pairwise(group.ends)]
 
 
 PARALLEL_WORK = 1 << 16  # multiply-adds from which a second thread is worth waking
@@ -342,8 +371,9 @@ def _scale(x, at, n, eps):
 def _rms_norm_row(x, i, w, eps, y):
     n = len(w)
     r = _scale(x, i * n, n, eps)
+    x, y = x[i * n : (i + 1) * n], y[i * n : (i + 1) * n]  # an index that may be negative would keep the loop from vectors
     for j in range(n):
-        y[i * n + j] = x[i * n + j] * r * w[j]
+        y[j] = x[j] * r * w[j]
 
 
 @kernel(f"void({F1},{F1},f4,{F1})")
@@ -419,35 +449,35 @@ def rope(x: Array, cos: Array, sin: Array, pairs: str) -> Array:  # [T, N, hd], 
 
 
 @numba.njit(**OPTIONS)
-def _activate_part(kind, x, up, gated, low, high, y):
+def _activate_part(kind, x, up, gated, y):
     if kind == 0:
-        for j in range(low, high):
+        for j in range(len(x)):
             y[j] = silu(x[j])
     elif kind == 1:
-        for j in range(low, high):
+        for j in range(len(x)):
             y[j] = gelu_tanh(x[j])
     elif kind == 2:
-        for j in range(low, high):
+        for j in range(len(x)):
             y[j] = gelu(x[j])
     else:
-        for j in range(low, high):
+        for j in range(len(x)):
             y[j] = x[j] if x[j] > F(0.0) or x[j] != x[j] else F(0.0)
     if gated:
-        for j in range(low, high):
+        for j in range(len(x)):
             y[j] = y[j] * up[j]
 
 
 @kernel(f"void(i8,{F1},{F1},b1,{F1})")
 def _activate(kind, x, up, gated, y):
-    _activate_part(kind, x, up, gated, 0, len(x), y)
+    _activate_part(kind, x, up, gated, y)
 
 
 @kernel(f"void(i8,{F1},{F1},b1,{F1})", parallel=True)
 def _activate_parallel(kind, x, up, gated, y):
     n = 1 << 12
     for part in prange((len(x) + n - 1) // n):
-        low = np.int64(part) * n
-        _activate_part(kind, x, up, gated, low, min(low + n, len(x)), y)
+        at = np.int64(part) * n
+        _activate_part(kind, x[at : at + n], up[at : at + n], gated, y[at : at + n])
 
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
@@ -472,12 +502,9 @@ def add(x: Array, y: Array) -> Array:  # [T, D], [T, D] -> [T, D]
 
 @numba.njit(**OPTIONS)
 def _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width):
-    """Pass 1: q . k by fma over the features, for the slots of some blocks; column 0 is slot `base`."""
+    """Pass 1: q . k by fma over the features, for the slots of some blocks, from scores of 0 on; column 0 is slot `base`."""
     n_blocks, hd = keys.shape[1], keys.shape[2]
     for b in range(low_block, high_block):
-        for i in range(n_rows):
-            at = i * width + b * BLOCK - base
-            scores[at : at + BLOCK] = F(0.0)
         _block_rows(queries, 0, hd, n_rows, keys, (g * n_blocks + b) * hd * BLOCK, BLOCK, hd, scores, b * BLOCK - base, width)
 
 
@@ -488,19 +515,19 @@ def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out,
     cut: columns whose score is -inf or, where zeroed, whose weight is 0 in the end. The outputs, if
     they are not empty, get the scaled scores and the weights.
     """
-    for j in range(low, high):
-        scores[at + j] = scores[at + j] * scale
+    row = scores[at + low : at + high]
+    for j in range(len(row)):
+        row[j] = row[j] * scale
     for i in range(len(cut)):
         if not zeroed[i]:
             scores[at + cut[i]] = -np.inf
     if len(scores_out) > 0:
-        for j in range(low, high):
-            scores_out[out_at + j - low] = scores[at + j]
+        scores_out[out_at : out_at + len(row)] = row
     top = row_max(scores, at, low, high)
     if top == F(-np.inf):
         top = F(0.0)
-    for j in range(low, high):
-        scores[at + j] = exp(scores[at + j] - top)
+    for j in range(len(row)):
+        row[j] = exp(row[j] - top)
     total = row_sum(scores, at, low, high)
     if total == F(0.0):
         total = F(1.0)
@@ -508,8 +535,9 @@ def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out,
         if zeroed[i]:
             scores[at + cut[i]] = F(0.0)
     if len(weights_out) > 0:
-        for j in range(low, high):
-            weights_out[out_at + j - low] = scores[at + j] / total
+        out = weights_out[out_at : out_at + len(row)]
+        for j in range(len(row)):
+            out[j] = row[j] / total
     return total
 
 
@@ -567,7 +595,7 @@ def _softmax_rows(scores, width, head0, m, t0, t1, r, start, first, stop, base, 
     n_reads = np.int64(0) if len(out_at) == 0 else out_at[-1]
     for t in range(t0, t1):
         cut, zeroed = _cut_of(cuts, head0 + r, start + t, base)
-        at = (head0 + r) * n_reads + out_at[t]
+        at = np.int64(0) if len(out_at) == 0 else (head0 + r) * n_reads + out_at[t]
         row = ((t - t0) * m + r) * width
         totals[t - t0] = _softmax(scores, row, first[t] - base, stop[t] - base, scale, cut, zeroed, scores_out, weights_out, at)
     return totals
@@ -593,7 +621,7 @@ def _attend(q, keys, values, start, run, t0, t1, first, stop, scale, cuts, out_a
     low_block, high_block = first[t0] // BLOCK, (stop[t1 - 1] + BLOCK - 1) // BLOCK
     base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
     queries = _gather_queries(q, head0, m, t0, t1)
-    scores = np.empty(n_rows * width, F)
+    scores = np.zeros(n_rows * width, F)
     _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width)
     totals = np.empty((m, t1 - t0), F)
     for r in range(m):
@@ -642,7 +670,7 @@ def _attention_long(q, keys, values, start, runs, first, stop, scale, cuts, out_
     h, padded, n_runs = q.shape[1], values.shape[2], len(runs)
     low_block, high_block = first[0] // BLOCK, (stop[0] + BLOCK - 1) // BLOCK
     base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
-    queries, scores, totals, sums = q.reshape(-1), np.empty(h * width, F), np.empty(h, F), np.zeros(h * padded, F)
+    queries, scores, totals, sums = q.reshape(-1), np.zeros(h * width, F), np.empty(h, F), np.zeros(h * padded, F)
     some = 8  # blocks a task
     n_parts = (high_block - low_block + some - 1) // some
     for task in prange(n_runs * n_parts):
@@ -681,25 +709,30 @@ def attention(
     division by the sum comes last. A slot outside the mask, or cut, is neither multiplied nor added."""
     z = np.empty(q.shape, F)
     cuts = _NO_CUTS if cuts is None else cuts
-    out_at = np.zeros(len(q) + 1, np.int64)
-    np.cumsum(slots.stop - slots.first, out=out_at[1:])
+    out_at = _NOWHERE
+    if weights_out is not None or scores_out is not None:
+        out_at = np.zeros(len(q) + 1, np.int64)
+        np.cumsum(slots.stop - slots.first, out=out_at[1:])
     outs = [_NOTHING if out is None else out.reshape(-1) for out in (scores_out, weights_out)]
-    work = slots.count * q.shape[1]
+    work = len(q) * q.shape[1] * int(slots.stop[-1])
     run = _attention if work < PARALLEL_READS else _attention_parallel if len(q) > 1 else _attention_long
     keys, values = cache.key_blocks[slots.layer], cache.value_rows[slots.layer]
-    run(q, keys, values, slots.start, _runs(slots.kv_head), slots.first, slots.stop, scale, cuts, out_at, *outs, z)
+    runs = _runs(slots.kv_head.tobytes())
+    run(q, keys, values, slots.start, runs, slots.first, slots.stop, scale, cuts, out_at, *outs, z)
     return z
 
 
 PARALLEL_READS = 1 << 10  # reads, over all heads, from which a second thread is worth waking
-_NO_CUTS, _NOTHING = np.zeros((0, 4), np.int64), np.zeros(0, F)
+_NO_CUTS, _NOTHING, _NOWHERE = np.zeros((0, 4), np.int64), np.zeros(0, F), np.zeros(0, np.int64)
 
 
-def _runs(kv_head: Array) -> Array:
+@lru_cache
+def _runs(kv_head: bytes) -> Array:
     """int64 [n, 3]: (first query head, how many, key/value head) of neighbouring query heads that read the same one."""
-    begins = np.flatnonzero(np.diff(kv_head, prepend=-1))
-    counts = np.diff(begins, append=len(kv_head))
-    return np.stack([begins, counts, kv_head[begins]], axis=1).astype(np.int64)
+    heads = np.frombuffer(kv_head, np.int32)
+    begins = np.flatnonzero(np.diff(heads, prepend=-1))
+    counts = np.diff(begins, append=len(heads))
+    return np.stack([begins, counts, heads[begins]], axis=1).astype(np.int64)
 
 
 # Threads

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -534,6 +535,13 @@ def kernel(signature: str, parallel: bool = False) -> Callable[[Callable[..., An
     return compiled
 
 
+def specialised(function: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
+    """The function with some of its names bound, under a name of its own. (numba keeps no closures over compiled functions.)"""
+    bound = FunctionType(function.__code__, function.__globals__ | names, f"{function.__name__}_{name}")
+    bound.__qualname__, bound.__module__ = bound.__name__, function.__module__
+    return bound
+
+
 def _announce(function: Callable[..., Any]) -> None:
     """On a terminal, say what takes so long: a kernel that is not kept yet."""
     if sys.stderr.isatty() and not any(FOLDER.glob(f"**/*.{function.__name__}-{function.__code__.co_firstlineno}.*.nbi")):
@@ -545,23 +553,22 @@ def start_threads() -> int:
 
     OpenMP's threads wait for the next loop by spinning, by default for several milliseconds, in which they are in the way of
     everything else; a third of a millisecond bridges the gaps within a forward pass. The library reads its setting when
-    it is loaded, so it stands in the environment just then. More threads than cores may be asked for: results are the same.
+    it is loaded, so it stands in the environment just then.
     """
-    cores = numba.config.NUMBA_NUM_THREADS
-    if "NUMBA_NUM_THREADS" not in os.environ:
-        numba.config.NUMBA_NUM_THREADS = max(cores, 8)
-    spinning = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
+    most = int(numba.config.NUMBA_NUM_THREADS)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    spinning = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
     said = "OMP_WAIT_POLICY" in os.environ
     ours = {} if said else {name: value for name, value in spinning.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         if numba.config.THREADING_LAYER == "default":
             numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
-        numba.set_num_threads(cores)
+        numba.set_num_threads(min(int(wanted), most) if wanted.isdigit() and int(wanted) > 0 else most)
     finally:
         for name in ours:
             del os.environ[name]
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return most
 
 
 def _has_openmp() -> bool:

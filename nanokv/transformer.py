@@ -145,10 +145,7 @@ class Transformer:
             if edits and hasattr(observer, "edited"):
                 observer.edited(edits)
             try:
-                x = self._embedded(tokens, start)  # [T, D]
-                for layer, block in enumerate(weights.blocks):
-                    x = attention_sublayer(self, block, layer, x, call)  # [T, D]
-                    x = mlp_sublayer(self, block, layer, x, call)  # [T, D]
+                x = self._blocks(self._embedded(tokens, start), call)  # [T, D]
                 if last_logits_only:
                     x = x[-1:]  # [1, D]
                 if observer.wants("final_scale"):
@@ -189,6 +186,12 @@ class Transformer:
             x = self.ops.add(x, self.weights.pos_embed[start : start + len(tokens)])  # [T, D]
         return x
 
+    def _blocks(self, x: Array, call: Call) -> Array:
+        for layer, block in enumerate(self.weights.blocks):
+            x = attention_sublayer(self, block, layer, x, call)  # [T, D]
+            x = mlp_sublayer(self, block, layer, x, call)  # [T, D]
+        return x
+
     def _rotations(self, start: int, n: int) -> dict[Rope, tuple[Array, Array]]:
         ropes = {rope for rope in map(self.config.rope_of, range(self.config.n_layers)) if rope is not None}
         return {rope: self.ops.rope_table(rope, self.config.head_dim, start, n, self.dtype) for rope in ropes}
@@ -220,13 +223,21 @@ def attention_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array
     observer.write(layer, call.start, k, v)
 
     slots = cache.read(layer, call.start, len(x), model.kv_head, config.window_of(layer))
+    return attend(model, w, x, q, slots, call)
+
+
+def attend(model: Transformer, w: BlockWeights, x: Array, q: Array, slots: Slots, call: Call) -> Array:
+    """x + what the heads find in these slots of the cache; nothing if there are none."""
+    config, ops, cache, observer, layer = model.config, model.ops, call.cache, call.observer, slots.layer
     weights, scores = (
         np.empty((config.n_heads, slots.count), x.dtype) if observer.wants(site) else None for site in ("pattern", "scores")
     )
     with ExitStack() as replaced:
         for entry in call.edits.entries.get(layer, ()):
             replaced.enter_context(cache.holding(layer, entry.pos, entry.k, entry.v))
-        z = ops.attention(q, cache, slots, config.attn_scale, call.edits.edges.get(layer), weights, scores)  # [T, H, hd]
+        z = np.zeros_like(q)  # [T, H, hd]
+        if slots.count:
+            z = ops.attention(q, cache, slots, config.attn_scale, call.edits.edges.get(layer), weights, scores)  # [T, H, hd]
     observer.read(layer, call.start, slots, scores, weights)
     observer.state("z", layer, call.start, z)
 
