@@ -6,10 +6,11 @@ allows, and commits; a call that raises leaves the cache as it was. Slot s holds
 How it lies in memory is this page's business (and that of `kernels.attention`, which reads it in place):
 
     key   of slot s, key/value head g, feature i:  key_blocks[layer][g, s // BLOCK, i, s % BLOCK]
-    value of slot s, key/value head g, feature i:  value_rows[layer][g, s, i]
+    value of slot s, key/value head g, feature i:  value_strips[layer][g, i // BLOCK, s, i % BLOCK]
 
-A block of BLOCK keys lies feature by feature, so that one vector instruction scores neighbouring slots; a value lies
-slot by slot, so that one instruction adds neighbouring features. Example: slot 70's feature 3 is [g, 2, 3, 6].
+A block of BLOCK keys lies feature by feature, so that one vector instruction scores neighbouring slots; a strip of BLOCK
+features of the values lies slot by slot, so that one instruction adds neighbouring features. Example: of slot 70, feature
+35, the key is [g, 2, 35, 6] and the value is [g, 1, 70, 3].
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nanokv.errors import CacheError, ContextFullError, UnwrittenSlotError
 if TYPE_CHECKING:
     from nanokv.transformer import Transformer
 
-BLOCK = 32  # slots in a block of keys; features of a value are padded to a multiple of it, so that rows are whole vectors
+BLOCK = 32  # slots in a block of keys, features in a strip of values: whole vectors on every machine
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class KVCache:
         self.last_logits: np.ndarray | None = None  # float32 [V]: what the last position predicts
         self.steps = 0  # calls so far
         self._written = [0] * config.n_layers  # slots written so far; ahead of length inside a call
-        padded = -(-config.head_dim // BLOCK) * BLOCK
+        strips = -(-config.head_dim // BLOCK)
         self.key_blocks = np.zeros((config.n_layers, config.n_kv_heads, 0, config.head_dim, BLOCK), dtype)
-        self.value_rows = np.zeros((config.n_layers, config.n_kv_heads, 0, padded), dtype)
+        self.value_strips = np.zeros((config.n_layers, config.n_kv_heads, strips, 0, BLOCK), dtype)
 
     @property
     def length(self) -> int:
@@ -80,7 +81,8 @@ class KVCache:
 
     def values(self, layer: int) -> np.ndarray:
         """[S, G, hd], read-only: the values of a layer."""
-        return _read_only(self.value_rows[layer][:, : self._written[layer], : self.config.head_dim].transpose(1, 0, 2))
+        strips = self.value_strips[layer, :, :, : self._written[layer]].transpose(2, 0, 1, 3)
+        return _read_only(strips.reshape(*strips.shape[:2], -1)[..., : self.config.head_dim])
 
     @contextmanager
     def step(self, n_new: int) -> Iterator[int]:
@@ -101,14 +103,23 @@ class KVCache:
         if start != self._written[layer]:
             raise CacheError(f"layer {layer}: slot {start} was given to write, but {self._written[layer]} is the next; "
                              "an entry is written once, in order, and never again")  # fmt: skip
-        if start + n > self.value_rows.shape[2]:
+        if start + n > self.value_strips.shape[3]:
             raise ContextFullError(f"layer {layer}: slots up to {start + n - 1} were given to write, past the end of the cache")
-        self.value_rows[layer][:, start : start + n, : v.shape[2]] = v.transpose(1, 0, 2)
-        for block in range(start // BLOCK, -(-(start + n) // BLOCK)):
-            low, high = max(start, block * BLOCK), min(start + n, (block + 1) * BLOCK)
-            part = k[low - start : high - start].transpose(1, 2, 0)  # [G, hd, slots]
-            self.key_blocks[layer][:, block, :, low - block * BLOCK : high - block * BLOCK] = part
+        if n == 1:
+            self.key_blocks[layer, :, start // BLOCK, :, start % BLOCK] = k[0]
+        else:
+            self._write_keys(layer, start, k)
+        for strip in range(self.value_strips.shape[2]):
+            part = v[:, :, strip * BLOCK : (strip + 1) * BLOCK]
+            self.value_strips[layer, :, strip, start : start + n, : part.shape[2]] = part.transpose(1, 0, 2)
         self._written[layer] = start + n
+
+    def _write_keys(self, layer: int, start: int, k: np.ndarray) -> None:
+        end = start + len(k)
+        for block in range(start // BLOCK, -(-end // BLOCK)):
+            low, high = max(start, block * BLOCK), min(end, (block + 1) * BLOCK)
+            part = k[low - start : high - start].transpose(1, 2, 0)  # [G, hd, slots]
+            self.key_blocks[layer, :, block, :, low - block * BLOCK : high - block * BLOCK] = part
 
     def read(self, layer: int, start: int, n: int, kv_head: np.ndarray, window: int | None = None) -> Slots:
         """The slots that positions start to start + n - 1 read: all up to their own, or the last `window` of these."""
@@ -123,11 +134,13 @@ class KVCache:
     def holding(self, layer: int, pos: int, k: np.ndarray | None, v: np.ndarray | None) -> Iterator[None]:
         """Let a written slot hold another key or value, [G, hd], for a while: an intervention. What it held comes back."""
         key = self.key_blocks[layer][:, pos // BLOCK, :, pos % BLOCK]
-        value = self.value_rows[layer][:, pos, : self.config.head_dim]
+        value = self.value_strips[layer, :, :, pos]
         before = key.copy(), value.copy()
         try:
             key[:] = key if k is None else k
-            value[:] = value if v is None else v
+            for strip in range(0 if v is None else value.shape[1]):
+                part = v[:, strip * BLOCK : (strip + 1) * BLOCK]
+                value[:, strip, : part.shape[1]] = part
             yield
         finally:
             key[:], value[:] = before
@@ -146,7 +159,7 @@ class KVCache:
         other = KVCache(self.config, self.dtype)
         other.tokens, other.steps, other._written = self.tokens.copy(), self.steps, list(self._written)
         other.last_logits = None if self.last_logits is None else self.last_logits.copy()
-        other.key_blocks, other.value_rows = self.key_blocks.copy(), self.value_rows.copy()
+        other.key_blocks, other.value_strips = self.key_blocks.copy(), self.value_strips.copy()
         return other
 
     def save(self, path: str | Path, model: Transformer) -> None:
@@ -182,11 +195,13 @@ class KVCache:
         need = -(-n // BLOCK)
         if need <= have:
             return
-        more = max(need, 2 * have, 4) - have
+        blocks = max(need, 2 * have, 4)
         layers, g, _, hd, _ = self.key_blocks.shape
-        self.key_blocks = np.concatenate([self.key_blocks, np.zeros((layers, g, more, hd, BLOCK), self.dtype)], axis=2)
-        more_rows = np.zeros((layers, g, more * BLOCK, self.value_rows.shape[3]), self.dtype)
-        self.value_rows = np.concatenate([self.value_rows, more_rows], axis=2)
+        old_keys, old_values = self.key_blocks, self.value_strips
+        self.key_blocks = np.empty((layers, g, blocks, hd, BLOCK), self.dtype)  # a slot is written before it is read
+        self.key_blocks[:, :, :have] = old_keys
+        self.value_strips = np.empty((layers, g, old_values.shape[2], blocks * BLOCK, BLOCK), self.dtype)
+        self.value_strips[:, :, :, : have * BLOCK] = old_values
 
 
 _FORMAT = "nanokv cache 1"

@@ -42,6 +42,7 @@ from nanokv.weights import Weights
 Array = np.ndarray
 TILE = 16  # positions that attention computes together
 F = np.float32
+U = np.uint64  # an index that cannot count from the end: the test for that would keep a loop from becoming vector code
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 F1, F2, F3, F4, I1, I2 = "f4[::1]", "f4[:,::1]", "f4[:,:,::1]", "f4[:,:,:,::1]", "i4[::1]", "i8[:,::1]"
 
@@ -62,6 +63,7 @@ class Job:
 class Group:
     """Matrices that multiply the same x."""
 
+    of: tuple[object, ...]
     jobs: tuple[Job, ...]
     bias: Array  # float32 [all outputs], or empty
     ends: tuple[int, ...]  # 0, and where the outputs of each matrix end
@@ -80,9 +82,9 @@ def prepare(weights: Weights, packed: bool = False) -> Weights:
 
 
 def _group(ws: Sequence[Panels], bs: Sequence[Array | None]) -> Group:
-    key = (*((w.kind, w.at, w.shape) for w in ws), *map(id, bs))
+    key = (*map(id, ws), *map(id, bs))
     groups = ws[0].arena.groups
-    if key not in groups:
+    if key not in groups:  # they stay in the group, so that no other object takes one's id
         outputs = tuple(w.shape[0] for w in ws)
         before = np.cumsum((0, *outputs))
         jobs = []
@@ -96,7 +98,7 @@ def _group(ws: Sequence[Panels], bs: Sequence[Array | None]) -> Group:
             jobs.append(Job(kind, _linears_of(kind), np.array(rows, np.int64).reshape(-1, 4)))
         bias = [np.zeros(n, F) if b is None else b for n, b in zip(outputs, bs, strict=True)]
         none = all(b is None for b in bs)
-        groups[key] = Group(tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), tuple(before.tolist()))
+        groups[key] = Group((*ws, *bs), tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), tuple(before.tolist()))
     return groups[key]
 
 
@@ -234,7 +236,8 @@ def _put_panel(sums, n_rows, job, bias, y):
     _add_bias(sums, 0, n_rows, PANEL, columns, bias, before + column)
     for i in range(n_rows):
         y_at = n_rows * before + i * n + column
-        y[y_at : y_at + columns] = sums[i * PANEL : i * PANEL + columns]
+        for c in range(columns):
+            y[U(y_at + c)] = sums[U(i * PANEL + c)]
 
 
 @numba.njit(**OPTIONS)
@@ -336,6 +339,8 @@ def linears(x: Array, ws: Sequence[Panels], bs: Sequence[Array | None]) -> list[
     for job in group.jobs:
         weights = arena.floats if job.kind == "F32" else arena.packed
         job.kernels[x.size * group.ends[-1] >= PARALLEL_WORK](x, weights, job.table, group.bias, y)
+    if len(ws) == 1:
+        return [y.reshape(t, group.ends[-1])]
     return [y[t * first : t * end].reshape(t, end - first) for first, end in pairwise(group.ends)]
 
 
@@ -371,9 +376,8 @@ def _scale(x, at, n, eps):
 def _rms_norm_row(x, i, w, eps, y):
     n = len(w)
     r = _scale(x, i * n, n, eps)
-    x, y = x[i * n : (i + 1) * n], y[i * n : (i + 1) * n]  # an index that may be negative would keep the loop from vectors
     for j in range(n):
-        y[j] = x[j] * r * w[j]
+        y[U(i * n + j)] = x[U(i * n + j)] * r * w[j]
 
 
 @kernel(f"void({F1},{F1},f4,{F1})")
@@ -501,11 +505,12 @@ def add(x: Array, y: Array) -> Array:  # [T, D], [T, D] -> [T, D]
 
 
 @numba.njit(**OPTIONS)
-def _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width):
+def _scores(queries, q_at, n_rows, keys, g, base, low_block, high_block, scores, at, width):
     """Pass 1: q . k by fma over the features, for the slots of some blocks, from scores of 0 on; column 0 is slot `base`."""
     n_blocks, hd = keys.shape[1], keys.shape[2]
     for b in range(low_block, high_block):
-        _block_rows(queries, 0, hd, n_rows, keys, (g * n_blocks + b) * hd * BLOCK, BLOCK, hd, scores, b * BLOCK - base, width)
+        key_at, score_at = (g * n_blocks + b) * hd * BLOCK, at + b * BLOCK - base
+        _block_rows(queries, q_at, hd, n_rows, keys, key_at, BLOCK, hd, scores, score_at, width)
 
 
 @numba.njit(**OPTIONS)
@@ -515,19 +520,19 @@ def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out,
     cut: columns whose score is -inf or, where zeroed, whose weight is 0 in the end. The outputs, if
     they are not empty, get the scaled scores and the weights.
     """
-    row = scores[at + low : at + high]
-    for j in range(len(row)):
-        row[j] = row[j] * scale
+    for j in range(low, high):
+        scores[U(at + j)] = scores[U(at + j)] * scale
     for i in range(len(cut)):
         if not zeroed[i]:
             scores[at + cut[i]] = -np.inf
     if len(scores_out) > 0:
-        scores_out[out_at : out_at + len(row)] = row
+        for j in range(low, high):
+            scores_out[U(out_at + j - low)] = scores[U(at + j)]
     top = row_max(scores, at, low, high)
     if top == F(-np.inf):
         top = F(0.0)
-    for j in range(len(row)):
-        row[j] = exp(row[j] - top)
+    for j in range(low, high):
+        scores[U(at + j)] = exp(scores[U(at + j)] - top)
     total = row_sum(scores, at, low, high)
     if total == F(0.0):
         total = F(1.0)
@@ -535,9 +540,8 @@ def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out,
         if zeroed[i]:
             scores[at + cut[i]] = F(0.0)
     if len(weights_out) > 0:
-        out = weights_out[out_at : out_at + len(row)]
-        for j in range(len(row)):
-            out[j] = row[j] / total
+        for j in range(low, high):
+            weights_out[U(out_at + j - low)] = scores[U(at + j)] / total
     return total
 
 
@@ -545,22 +549,22 @@ def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out,
 def _weighted(e, at, width, n_rows, values, g, low, high, base, column, sums, sums_at, padded):
     """Pass 3, a part of it: sums += e v by fma over slots low to high - 1, ascending, for BLOCK features from `column` on."""
     if low < high:
-        v_at = (g * values.shape[1] + low) * padded + column
-        _block_rows(e, at + low - base, width, n_rows, values, v_at, padded, high - low, sums, sums_at + column, padded)
+        v_at = ((g * values.shape[1] + column // BLOCK) * values.shape[2] + low) * BLOCK
+        _block_rows(e, at + low - base, width, n_rows, values, v_at, BLOCK, high - low, sums, sums_at + column, padded)
 
 
 @numba.njit(**OPTIONS)
-def _weighted_rows(e, width, m, t0, t1, first, stop, values, g, base, column, sums, padded):
+def _weighted_rows(e, at, width, m, t0, t1, first, stop, values, g, base, column, sums, sums_at, padded):
     """Pass 3: slots that all positions of the tile read go together, those at the edges of the mask position by position."""
     low, high = first[t1 - 1], max(first[t1 - 1], stop[t0])
     for t in range(t0, t1):
-        row = (t - t0) * m
-        _weighted(e, row * width, width, m, values, g, first[t], min(low, stop[t]), base, column, sums, row * padded, padded)
+        e_at, s_at = at + (t - t0) * m * width, sums_at + (t - t0) * m * padded
+        _weighted(e, e_at, width, m, values, g, first[t], min(low, stop[t]), base, column, sums, s_at, padded)
     if high > low:
-        _weighted(e, 0, width, (t1 - t0) * m, values, g, low, high, base, column, sums, 0, padded)
+        _weighted(e, at, width, (t1 - t0) * m, values, g, low, high, base, column, sums, sums_at, padded)
     for t in range(t0, t1):
-        row = (t - t0) * m
-        _weighted(e, row * width, width, m, values, g, max(high, first[t]), stop[t], base, column, sums, row * padded, padded)
+        e_at, s_at = at + (t - t0) * m * width, sums_at + (t - t0) * m * padded
+        _weighted(e, e_at, width, m, values, g, max(high, first[t]), stop[t], base, column, sums, s_at, padded)
 
 
 @numba.njit(**OPTIONS)
@@ -576,29 +580,25 @@ def _cut_of(cuts, head, dst, base):
 
 
 @numba.njit(**OPTIONS)
-def _weighted_uncut(e, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, padded):
+def _weighted_uncut(e, at, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, sums_at, padded):
     """Pass 3 where edges are cut: row by row, over the runs of slots between the cut ones."""
     for t in range(t0, t1):
         for r in range(m):
             row = (t - t0) * m + r
+            e_at, s_at = at + row * width, sums_at + row * padded
             low = np.int64(first[t])
             for c in _cut_of(cuts, head0 + r, start + t, base)[0]:
-                _weighted(e, row * width, width, 1, values, g, low, c + base, base, column, sums, row * padded, padded)
+                _weighted(e, e_at, width, 1, values, g, low, c + base, base, column, sums, s_at, padded)
                 low = c + base + 1
-            _weighted(e, row * width, width, 1, values, g, low, stop[t], base, column, sums, row * padded, padded)
+            _weighted(e, e_at, width, 1, values, g, low, stop[t], base, column, sums, s_at, padded)
 
 
 @numba.njit(**OPTIONS)
-def _softmax_rows(scores, width, head0, m, t0, t1, r, start, first, stop, base, scale, cuts, out_at, scores_out, weights_out):
-    """Pass 2 for query head head0 + r of each position of a tile; the sums of the rows."""
-    totals = np.empty(t1 - t0, F)
-    n_reads = np.int64(0) if len(out_at) == 0 else out_at[-1]
-    for t in range(t0, t1):
-        cut, zeroed = _cut_of(cuts, head0 + r, start + t, base)
-        at = np.int64(0) if len(out_at) == 0 else (head0 + r) * n_reads + out_at[t]
-        row = ((t - t0) * m + r) * width
-        totals[t - t0] = _softmax(scores, row, first[t] - base, stop[t] - base, scale, cut, zeroed, scores_out, weights_out, at)
-    return totals
+def _softmax_of(scores, at, head, t, start, first, stop, base, scale, cuts, out_at, scores_out, weights_out):
+    """Pass 2 for one query head of the call's position t; the sum of the row."""
+    cut, zeroed = _cut_of(cuts, head, start + t, base)
+    put = np.int64(0) if len(out_at) == 0 else head * out_at[-1] + out_at[t]
+    return _softmax(scores, at, first[t] - base, stop[t] - base, scale, cut, zeroed, scores_out, weights_out, put)
 
 
 @numba.njit(**OPTIONS)
@@ -617,29 +617,29 @@ def _gather_queries(q, head0, m, t0, t1):
 def _attend(q, keys, values, start, run, t0, t1, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
     """All passes for positions t0 to t1 - 1 and the query heads of a run, (first head, heads, key/value head)."""
     head0, m, g = run
-    n_rows, padded = (t1 - t0) * m, values.shape[2]
+    n_rows, padded = (t1 - t0) * m, values.shape[1] * BLOCK
     low_block, high_block = first[t0] // BLOCK, (stop[t1 - 1] + BLOCK - 1) // BLOCK
     base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
     queries = _gather_queries(q, head0, m, t0, t1)
     scores = np.zeros(n_rows * width, F)
-    _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width)
-    totals = np.empty((m, t1 - t0), F)
-    for r in range(m):
-        totals[r] = _softmax_rows(scores, width, head0, m, t0, t1, r, start, first, stop, base, scale, cuts, out_at,
-                                  scores_out, weights_out)  # fmt: skip
+    _scores(queries, 0, n_rows, keys, g, base, low_block, high_block, scores, 0, width)
+    totals = np.empty(n_rows, F)
+    for row in range(n_rows):
+        totals[row] = _softmax_of(scores, row * width, head0 + row % m, t0 + row // m, start, first, stop, base, scale, cuts,
+                                  out_at, scores_out, weights_out)  # fmt: skip
     sums = np.zeros(n_rows * padded, F)
     for column in range(0, padded, BLOCK):
         if len(cuts) == 0:
-            _weighted_rows(scores, width, m, t0, t1, first, stop, values, g, base, column, sums, padded)
+            _weighted_rows(scores, 0, width, m, t0, t1, first, stop, values, g, base, column, sums, 0, padded)
         else:
-            _weighted_uncut(scores, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, padded)
-    for t in range(t0, t1):
-        for r in range(m):
-            for i in range(q.shape[2]):
-                z[t, head0 + r, i] = sums[((t - t0) * m + r) * padded + i] / totals[r, t - t0]
+            _weighted_uncut(scores, 0, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, 0,
+                            padded)  # fmt: skip
+    for row in range(n_rows):
+        for i in range(q.shape[2]):
+            z[t0 + row // m, head0 + row % m, i] = sums[row * padded + i] / totals[row]
 
 
-_ATTENTION = f"void({F3},{F4},{F3},i8,{I2},{I1},{I1},f4,{I2},i8[::1],{F1},{F1},{F3})"
+_ATTENTION = f"void({F3},{F4},{F4},i8,{I2},{I1},{I1},f4,{I2},i8[::1],{F1},{F1},{F3})"
 
 
 @kernel(_ATTENTION)
@@ -656,9 +656,8 @@ def _attention_parallel(q, keys, values, start, runs, first, stop, scale, cuts, 
     n_tiles = (len(q) + TILE - 1) // TILE
     for task in prange(len(runs) * n_tiles):
         j, i = np.int64(task) % len(runs), np.int64(task) // len(runs)
-        t0 = (
-            i // 2 if i % 2 == 0 else n_tiles - 1 - i // 2
-        ) * TILE  # short and long rows by turns, so that threads share evenly
+        i = i // 2 if i % 2 == 0 else n_tiles - 1 - i // 2  # short and long rows by turns, so that threads share evenly
+        t0 = i * TILE
         run = (runs[j, 0], runs[j, 1], runs[j, 2])
         _attend(q, keys, values, start, run, t0, min(t0 + TILE, len(q)), first, stop, scale, cuts, out_at,
                 scores_out, weights_out, z)  # fmt: skip
@@ -667,7 +666,7 @@ def _attention_parallel(q, keys, values, start, runs, first, stop, scale, cuts, 
 @kernel(_ATTENTION, parallel=True)
 def _attention_long(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
     """One position that reads many slots: each pass is shared among the threads."""
-    h, padded, n_runs = q.shape[1], values.shape[2], len(runs)
+    h, padded, n_runs = q.shape[1], values.shape[1] * BLOCK, len(runs)
     low_block, high_block = first[0] // BLOCK, (stop[0] + BLOCK - 1) // BLOCK
     base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
     queries, scores, totals, sums = q.reshape(-1), np.zeros(h * width, F), np.empty(h, F), np.zeros(h * padded, F)
@@ -676,20 +675,21 @@ def _attention_long(q, keys, values, start, runs, first, stop, scale, cuts, out_
     for task in prange(n_runs * n_parts):
         j, b = np.int64(task) % n_runs, low_block + np.int64(task) // n_runs * some
         head0, m, g = runs[j, 0], runs[j, 1], runs[j, 2]
-        _scores(queries[head0 * q.shape[2] :], m, keys, g, base, b, min(b + some, high_block), scores[head0 * width :], width)
+        q_at, at = head0 * q.shape[2], head0 * width
+        _scores(queries, q_at, m, keys, g, base, b, min(b + some, high_block), scores, at, width)
     for task in prange(h):
         r = np.int64(task)
-        totals[r] = _softmax_rows(scores[r * width :], width, r, 1, 0, 1, 0, start, first, stop, base, scale, cuts, out_at,
-                                  scores_out, weights_out)[0]  # fmt: skip
+        totals[r] = _softmax_of(scores, r * width, r, 0, start, first, stop, base, scale, cuts, out_at, scores_out, weights_out)
     n_columns = padded // BLOCK
     for task in prange(n_runs * n_columns):
         j, column = np.int64(task) // n_columns, np.int64(task) % n_columns * BLOCK
         head0, m, g = runs[j, 0], runs[j, 1], runs[j, 2]
-        e, part = scores[head0 * width :], sums[head0 * padded :]
+        at, sums_at = head0 * width, head0 * padded
         if len(cuts) == 0:
-            _weighted_rows(e, width, m, 0, 1, first, stop, values, g, base, column, part, padded)
+            _weighted_rows(scores, at, width, m, 0, 1, first, stop, values, g, base, column, sums, sums_at, padded)
         else:
-            _weighted_uncut(e, width, head0, m, 0, 1, start, first, stop, cuts, values, g, base, column, part, padded)
+            _weighted_uncut(scores, at, width, head0, m, 0, 1, start, first, stop, cuts, values, g, base, column, sums, sums_at,
+                            padded)  # fmt: skip
     for head in range(h):
         for i in range(q.shape[2]):
             z[0, head, i] = sums[head * padded + i] / totals[head]
@@ -716,7 +716,7 @@ def attention(
     outs = [_NOTHING if out is None else out.reshape(-1) for out in (scores_out, weights_out)]
     work = len(q) * q.shape[1] * int(slots.stop[-1])
     run = _attention if work < PARALLEL_READS else _attention_parallel if len(q) > 1 else _attention_long
-    keys, values = cache.key_blocks[slots.layer], cache.value_rows[slots.layer]
+    keys, values = cache.key_blocks[slots.layer], cache.value_strips[slots.layer]
     runs = _runs(slots.kv_head.tobytes())
     run(q, keys, values, slots.start, runs, slots.first, slots.stop, scale, cuts, out_at, *outs, z)
     return z

@@ -41,7 +41,7 @@ def test_the_index_formula_of_the_docstring_holds() -> None:
     with cache.step(80):
         cache.write(0, 0, k, v)
         assert BLOCK == 32 and cache.key_blocks[0][1, 2, 3, 6] == k[70, 1, 3]
-        assert cache.value_rows[0][1, 70, 3] == v[70, 1, 3]
+        assert cache.value_strips[0][1, 0, 70, 3] == v[70, 1, 3]
 
 
 def test_a_slot_read_before_it_was_written_is_an_error() -> None:

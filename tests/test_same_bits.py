@@ -136,8 +136,8 @@ def test_what_stands_in_a_masked_slot_is_neither_multiplied_nor_added(name: str,
         if window is not None:
             for slot in range(100 - window):  # past the window of every new position
                 dirty.key_blocks[layer][:, slot // 32, :, slot % 32] = bad
-                dirty.value_rows[layer][:, slot] = bad
-        dirty.value_rows[layer][:, 100:] = bad  # slots not written yet
+                dirty.value_strips[layer][:, :, slot] = bad
+        dirty.value_strips[layer][:, :, 100:] = bad  # slots not written yet
         dirty.key_blocks[layer][:, 3, :, 4:] = bad
     assert same(small.forward(ids[100:120], clean), small.forward(ids[100:120], dirty))
 
