@@ -55,7 +55,7 @@ class Job:
     """Matrices of one kind that multiply the same x in one go."""
 
     kind: str
-    kernels: tuple[Callable[..., None], Callable[..., None]]  # on one thread, on several
+    kernels: tuple[Callable[..., None], Callable[..., None]]  # for little work, for much
     table: Array  # int64 [panels, 4]: where it lies, outputs of earlier matrices, its first output, its matrix's outputs
 
 
@@ -301,11 +301,11 @@ def _linears_parallel(x, weights, table, bias, y):
 
 @lru_cache
 def _linears_of(kind):
-    """The kernels for matrices of a kind, on one thread and on several; compiled when a model first has that kind."""
+    """The kernels for matrices of a kind, for little work and for much; compiled when a model first has that kind."""
     panel = _panel_of(*((_float_row, _float_rows) if kind == "F32" else _packed_rows_of(kind)))
     signature = f"void({F2},{F1 if kind == 'F32' else 'u1[::1]'},{I2},{F1},{F1})"
-    alone = kernel(signature)(specialised(_linears, kind, panel=panel))
-    return alone, kernel(signature, parallel=True)(specialised(_linears_parallel, kind, panel=panel))
+    much = kernel(signature, parallel=True)(specialised(_linears_parallel, kind, panel=panel))
+    return (kernel(signature)(specialised(_linears, kind, panel=panel)) if kind == "F32" else much), much
 
 
 def _unpack(weights, at, step, n, n_k, y):
@@ -505,12 +505,12 @@ def add(x: Array, y: Array) -> Array:  # [T, D], [T, D] -> [T, D]
 
 
 @numba.njit(**OPTIONS)
-def _scores(queries, q_at, n_rows, keys, g, base, low_block, high_block, scores, at, width):
+def _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width):
     """Pass 1: q . k by fma over the features, for the slots of some blocks, from scores of 0 on; column 0 is slot `base`."""
     n_blocks, hd = keys.shape[1], keys.shape[2]
     for b in range(low_block, high_block):
-        key_at, score_at = (g * n_blocks + b) * hd * BLOCK, at + b * BLOCK - base
-        _block_rows(queries, q_at, hd, n_rows, keys, key_at, BLOCK, hd, scores, score_at, width)
+        key_at, score_at = (g * n_blocks + b) * hd * BLOCK, b * BLOCK - base
+        _block_rows(queries, 0, hd, n_rows, keys, key_at, BLOCK, hd, scores, score_at, width)
 
 
 @numba.njit(**OPTIONS)
@@ -546,28 +546,6 @@ def _softmax(scores, at, low, high, scale, cut, zeroed, scores_out, weights_out,
 
 
 @numba.njit(**OPTIONS)
-def _weighted(e, at, width, n_rows, values, g, low, high, base, column, sums, sums_at, padded):
-    """Pass 3, a part of it: sums += e v by fma over slots low to high - 1, ascending, for BLOCK features from `column` on."""
-    if low < high:
-        v_at = ((g * values.shape[1] + column // BLOCK) * values.shape[2] + low) * BLOCK
-        _block_rows(e, at + low - base, width, n_rows, values, v_at, BLOCK, high - low, sums, sums_at + column, padded)
-
-
-@numba.njit(**OPTIONS)
-def _weighted_rows(e, at, width, m, t0, t1, first, stop, values, g, base, column, sums, sums_at, padded):
-    """Pass 3: slots that all positions of the tile read go together, those at the edges of the mask position by position."""
-    low, high = first[t1 - 1], max(first[t1 - 1], stop[t0])
-    for t in range(t0, t1):
-        e_at, s_at = at + (t - t0) * m * width, sums_at + (t - t0) * m * padded
-        _weighted(e, e_at, width, m, values, g, first[t], min(low, stop[t]), base, column, sums, s_at, padded)
-    if high > low:
-        _weighted(e, at, width, (t1 - t0) * m, values, g, low, high, base, column, sums, sums_at, padded)
-    for t in range(t0, t1):
-        e_at, s_at = at + (t - t0) * m * width, sums_at + (t - t0) * m * padded
-        _weighted(e, e_at, width, m, values, g, max(high, first[t]), stop[t], base, column, sums, s_at, padded)
-
-
-@numba.njit(**OPTIONS)
 def _cut_of(cuts, head, dst, base):
     """The columns cut from a row, ascending, and whether by weight. cuts [n, 4] are (head, dst, src, zeroed), ascending."""
     cut, zeroed = np.empty(len(cuts), np.int64), np.empty(len(cuts), np.bool_)
@@ -580,17 +558,40 @@ def _cut_of(cuts, head, dst, base):
 
 
 @numba.njit(**OPTIONS)
-def _weighted_uncut(e, at, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, sums_at, padded):
+def _weighted(e, at, width, n_rows, values, g, low, high, base, sums, sums_at):
+    """Pass 3, a part of it: sums += e v by fma over slots low to high - 1, ascending, for n_rows rows."""
+    _, n_strips, n_slots, _ = values.shape
+    for strip in range(n_strips if low < high else 0):
+        v_at, s_at = ((g * n_strips + strip) * n_slots + low) * BLOCK, sums_at + strip * BLOCK
+        _block_rows(e, at + low - base, width, n_rows, values, v_at, BLOCK, high - low, sums, s_at, n_strips * BLOCK)
+
+
+@numba.njit(**OPTIONS)
+def _weighted_rows(e, width, m, t0, t1, first, stop, values, g, base, sums, padded):
+    """Pass 3: slots that all positions of the tile read go together, those at the edges of the mask position by position."""
+    n = t1 - t0
+    low, high = first[t1 - 1], max(first[t1 - 1], stop[t0])
+    for part in range(2 * n + 1):  # the edges before what is common, what is common, the edges after it
+        t = t0 + (part if part < n else part - n - 1)
+        row, n_rows, begin, end = (t - t0) * m, m, first[t], min(low, stop[t])
+        if part == n:
+            row, n_rows, begin, end = 0, n * m, low, high
+        elif part > n:
+            begin, end = max(high, first[t]), stop[t]
+        _weighted(e, row * width, width, n_rows, values, g, begin, end, base, sums, row * padded)
+
+
+@numba.njit(**OPTIONS)
+def _weighted_uncut(e, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, sums, padded):
     """Pass 3 where edges are cut: row by row, over the runs of slots between the cut ones."""
-    for t in range(t0, t1):
-        for r in range(m):
-            row = (t - t0) * m + r
-            e_at, s_at = at + row * width, sums_at + row * padded
-            low = np.int64(first[t])
-            for c in _cut_of(cuts, head0 + r, start + t, base)[0]:
-                _weighted(e, e_at, width, 1, values, g, low, c + base, base, column, sums, s_at, padded)
-                low = c + base + 1
-            _weighted(e, e_at, width, 1, values, g, low, stop[t], base, column, sums, s_at, padded)
+    for row in range((t1 - t0) * m):
+        t = t0 + row // m
+        cut = _cut_of(cuts, head0 + row % m, start + t, base)[0]
+        low = np.int64(first[t])
+        for i in range(len(cut) + 1):
+            high = cut[i] + base if i < len(cut) else np.int64(stop[t])
+            _weighted(e, row * width, width, 1, values, g, low, high, base, sums, row * padded)
+            low = high + 1
 
 
 @numba.njit(**OPTIONS)
@@ -622,37 +623,23 @@ def _attend(q, keys, values, start, run, t0, t1, first, stop, scale, cuts, out_a
     base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
     queries = _gather_queries(q, head0, m, t0, t1)
     scores = np.zeros(n_rows * width, F)
-    _scores(queries, 0, n_rows, keys, g, base, low_block, high_block, scores, 0, width)
+    _scores(queries, n_rows, keys, g, base, low_block, high_block, scores, width)
     totals = np.empty(n_rows, F)
     for row in range(n_rows):
         totals[row] = _softmax_of(scores, row * width, head0 + row % m, t0 + row // m, start, first, stop, base, scale, cuts,
                                   out_at, scores_out, weights_out)  # fmt: skip
     sums = np.zeros(n_rows * padded, F)
-    for column in range(0, padded, BLOCK):
-        if len(cuts) == 0:
-            _weighted_rows(scores, 0, width, m, t0, t1, first, stop, values, g, base, column, sums, 0, padded)
-        else:
-            _weighted_uncut(scores, 0, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, column, sums, 0,
-                            padded)  # fmt: skip
+    if len(cuts) == 0:
+        _weighted_rows(scores, width, m, t0, t1, first, stop, values, g, base, sums, padded)
+    else:
+        _weighted_uncut(scores, width, head0, m, t0, t1, start, first, stop, cuts, values, g, base, sums, padded)
     for row in range(n_rows):
         for i in range(q.shape[2]):
             z[t0 + row // m, head0 + row % m, i] = sums[row * padded + i] / totals[row]
 
 
-_ATTENTION = f"void({F3},{F4},{F4},i8,{I2},{I1},{I1},f4,{I2},i8[::1],{F1},{F1},{F3})"
-
-
-@kernel(_ATTENTION)
+@kernel(f"void({F3},{F4},{F4},i8,{I2},{I1},{I1},f4,{I2},i8[::1],{F1},{F1},{F3})", parallel=True)
 def _attention(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
-    for j in range(len(runs)):
-        for t0 in range(0, len(q), TILE):
-            run = (runs[j, 0], runs[j, 1], runs[j, 2])
-            _attend(q, keys, values, start, run, t0, min(t0 + TILE, len(q)), first, stop, scale, cuts, out_at,
-                    scores_out, weights_out, z)  # fmt: skip
-
-
-@kernel(_ATTENTION, parallel=True)
-def _attention_parallel(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
     n_tiles = (len(q) + TILE - 1) // TILE
     for task in prange(len(runs) * n_tiles):
         j, i = np.int64(task) % len(runs), np.int64(task) // len(runs)
@@ -661,38 +648,6 @@ def _attention_parallel(q, keys, values, start, runs, first, stop, scale, cuts, 
         run = (runs[j, 0], runs[j, 1], runs[j, 2])
         _attend(q, keys, values, start, run, t0, min(t0 + TILE, len(q)), first, stop, scale, cuts, out_at,
                 scores_out, weights_out, z)  # fmt: skip
-
-
-@kernel(_ATTENTION, parallel=True)
-def _attention_long(q, keys, values, start, runs, first, stop, scale, cuts, out_at, scores_out, weights_out, z):
-    """One position that reads many slots: each pass is shared among the threads."""
-    h, padded, n_runs = q.shape[1], values.shape[1] * BLOCK, len(runs)
-    low_block, high_block = first[0] // BLOCK, (stop[0] + BLOCK - 1) // BLOCK
-    base, width = low_block * BLOCK, (high_block - low_block) * BLOCK
-    queries, scores, totals, sums = q.reshape(-1), np.zeros(h * width, F), np.empty(h, F), np.zeros(h * padded, F)
-    some = 8  # blocks a task
-    n_parts = (high_block - low_block + some - 1) // some
-    for task in prange(n_runs * n_parts):
-        j, b = np.int64(task) % n_runs, low_block + np.int64(task) // n_runs * some
-        head0, m, g = runs[j, 0], runs[j, 1], runs[j, 2]
-        q_at, at = head0 * q.shape[2], head0 * width
-        _scores(queries, q_at, m, keys, g, base, b, min(b + some, high_block), scores, at, width)
-    for task in prange(h):
-        r = np.int64(task)
-        totals[r] = _softmax_of(scores, r * width, r, 0, start, first, stop, base, scale, cuts, out_at, scores_out, weights_out)
-    n_columns = padded // BLOCK
-    for task in prange(n_runs * n_columns):
-        j, column = np.int64(task) // n_columns, np.int64(task) % n_columns * BLOCK
-        head0, m, g = runs[j, 0], runs[j, 1], runs[j, 2]
-        at, sums_at = head0 * width, head0 * padded
-        if len(cuts) == 0:
-            _weighted_rows(scores, at, width, m, 0, 1, first, stop, values, g, base, column, sums, sums_at, padded)
-        else:
-            _weighted_uncut(scores, at, width, head0, m, 0, 1, start, first, stop, cuts, values, g, base, column, sums, sums_at,
-                            padded)  # fmt: skip
-    for head in range(h):
-        for i in range(q.shape[2]):
-            z[0, head, i] = sums[head * padded + i] / totals[head]
 
 
 def attention(
@@ -714,15 +669,12 @@ def attention(
         out_at = np.zeros(len(q) + 1, np.int64)
         np.cumsum(slots.stop - slots.first, out=out_at[1:])
     outs = [_NOTHING if out is None else out.reshape(-1) for out in (scores_out, weights_out)]
-    work = len(q) * q.shape[1] * int(slots.stop[-1])
-    run = _attention if work < PARALLEL_READS else _attention_parallel if len(q) > 1 else _attention_long
     keys, values = cache.key_blocks[slots.layer], cache.value_strips[slots.layer]
     runs = _runs(slots.kv_head.tobytes())
-    run(q, keys, values, slots.start, runs, slots.first, slots.stop, scale, cuts, out_at, *outs, z)
+    _attention(q, keys, values, slots.start, runs, slots.first, slots.stop, scale, cuts, out_at, *outs, z)
     return z
 
 
-PARALLEL_READS = 1 << 10  # reads, over all heads, from which a second thread is worth waking
 _NO_CUTS, _NOTHING, _NOWHERE = np.zeros((0, 4), np.int64), np.zeros(0, F), np.zeros(0, np.int64)
 
 
