@@ -15,7 +15,7 @@ features of the values lies slot by slot, so that one instruction adds neighbour
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from nanokv.config import Config
 from nanokv.errors import CacheError, ContextFullError, UnwrittenSlotError
 
 if TYPE_CHECKING:
+    from nanokv.edits import Replace
     from nanokv.transformer import Transformer
 
 BLOCK = 32  # slots in a block of keys, features in a strip of values: whole vectors on every machine
@@ -65,6 +66,7 @@ class KVCache:
         self.steps = 0  # calls so far
         self._written = [0] * config.n_layers  # slots written so far; ahead of length inside a call
         strips = -(-config.head_dim // BLOCK)
+        self._ranges: dict[tuple[int, int, int | None], tuple[np.ndarray, np.ndarray]] = {}
         self.key_blocks = np.zeros((config.n_layers, config.n_kv_heads, 0, config.head_dim, BLOCK), dtype)
         self.value_strips = np.zeros((config.n_layers, config.n_kv_heads, strips, 0, BLOCK), dtype)
 
@@ -82,7 +84,8 @@ class KVCache:
     def values(self, layer: int) -> np.ndarray:
         """[S, G, hd], read-only: the values of a layer."""
         strips = self.value_strips[layer, :, :, : self._written[layer]].transpose(2, 0, 1, 3)
-        return _read_only(strips.reshape(*strips.shape[:2], -1)[..., : self.config.head_dim])
+        features = strips.shape[2] * BLOCK
+        return _read_only(strips.reshape(*strips.shape[:2], features)[..., : self.config.head_dim])
 
     @contextmanager
     def step(self, n_new: int) -> Iterator[int]:
@@ -92,6 +95,7 @@ class KVCache:
             raise ContextFullError(f"{start} positions are in the cache and {n_new} more were given, but the model's context "
                                    f"has {self.config.n_ctx}: give fewer tokens, or begin a new cache")  # fmt: skip
         self._reserve(start + n_new)
+        self._ranges.clear()
         try:
             yield start
         finally:
@@ -109,10 +113,13 @@ class KVCache:
             self.key_blocks[layer, :, start // BLOCK, :, start % BLOCK] = k[0]
         else:
             self._write_keys(layer, start, k)
-        for strip in range(self.value_strips.shape[2]):
-            part = v[:, :, strip * BLOCK : (strip + 1) * BLOCK]
-            self.value_strips[layer, :, strip, start : start + n, : part.shape[2]] = part.transpose(1, 0, 2)
+        self._write_values(layer, start, v)
         self._written[layer] = start + n
+
+    def _write_values(self, layer: int, start: int, v: np.ndarray) -> None:
+        for strip in range(self.value_strips.shape[2]):
+            part = v[:, :, strip * BLOCK : (strip + 1) * BLOCK].transpose(1, 0, 2)  # [G, slots, features]
+            self.value_strips[layer, :, strip, start : start + len(v), : part.shape[2]] = part
 
     def _write_keys(self, layer: int, start: int, k: np.ndarray) -> None:
         end = start + len(k)
@@ -123,27 +130,31 @@ class KVCache:
 
     def read(self, layer: int, start: int, n: int, kv_head: np.ndarray, window: int | None = None) -> Slots:
         """The slots that positions start to start + n - 1 read: all up to their own, or the last `window` of these."""
-        stop = np.arange(start + 1, start + n + 1, dtype=np.int32)
         if start + n > self._written[layer]:
             raise UnwrittenSlotError(f"layer {layer}: slot {start + n - 1} was to be read, but only {self._written[layer]} "
                                      "slots are written: write a call's keys and values before reading them")  # fmt: skip
-        first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
+        if (start, n, window) not in self._ranges:  # the same for every layer of a call
+            stop = np.arange(start + 1, start + n + 1, dtype=np.int32)
+            first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
+            self._ranges[start, n, window] = first, stop
+        first, stop = self._ranges[start, n, window]
         return Slots(layer, start, kv_head, first, stop)
 
     @contextmanager
-    def holding(self, layer: int, pos: int, k: np.ndarray | None, v: np.ndarray | None) -> Iterator[None]:
-        """Let a written slot hold another key or value, [G, hd], for a while: an intervention. What it held comes back."""
-        key = self.key_blocks[layer][:, pos // BLOCK, :, pos % BLOCK]
-        value = self.value_strips[layer, :, :, pos]
-        before = key.copy(), value.copy()
+    def holding(self, layer: int, entries: Sequence[Replace]) -> Iterator[None]:
+        """Let slots of a layer hold other keys or values for a while: an intervention. What they held comes back."""
+        blocks, strips = self.key_blocks[layer], self.value_strips[layer]
+        before = [(e.pos, blocks[:, e.pos // BLOCK, :, e.pos % BLOCK].copy(), strips[:, :, e.pos].copy()) for e in entries]
         try:
-            key[:] = key if k is None else k
-            for strip in range(0 if v is None else value.shape[1]):
-                part = v[:, strip * BLOCK : (strip + 1) * BLOCK]
-                value[:, strip, : part.shape[1]] = part
+            for entry in entries:
+                if entry.k is not None:
+                    blocks[:, entry.pos // BLOCK, :, entry.pos % BLOCK] = entry.k
+                if entry.v is not None:
+                    self._write_values(layer, entry.pos, entry.v[None])
             yield
         finally:
-            key[:], value[:] = before
+            for pos, key, value in reversed(before):
+                blocks[:, pos // BLOCK, :, pos % BLOCK], strips[:, :, pos] = key, value
 
     def commit(self, tokens: np.ndarray, last_logits: np.ndarray) -> None:
         """End a call well: its positions stay."""

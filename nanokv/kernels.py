@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from operator import is_
 from typing import Any
 
 import numba
@@ -54,8 +55,9 @@ F1, F2, F3, F4, I1, I2 = "f4[::1]", "f4[:,::1]", "f4[:,:,::1]", "f4[:,:,:,::1]",
 class Job:
     """Matrices of one kind that multiply the same x in one go."""
 
-    kind: str
-    kernels: tuple[Callable[..., None], Callable[..., None]]  # for little work, for much
+    little: Callable[..., None]  # the kernel for little work
+    much: Callable[..., None]  # and that for much
+    weights: Array  # the array in which the panels lie
     table: Array  # int64 [panels, 4]: where it lies, outputs of earlier matrices, its first output, its matrix's outputs
 
 
@@ -63,7 +65,8 @@ class Job:
 class Group:
     """Matrices that multiply the same x."""
 
-    of: tuple[object, ...]
+    ws: Sequence[Panels]
+    bs: Sequence[Array | None]
     jobs: tuple[Job, ...]
     bias: Array  # float32 [all outputs], or empty
     ends: tuple[int, ...]  # 0, and where the outputs of each matrix end
@@ -82,24 +85,30 @@ def prepare(weights: Weights, packed: bool = False) -> Weights:
 
 
 def _group(ws: Sequence[Panels], bs: Sequence[Array | None]) -> Group:
-    key = (*map(id, ws), *map(id, bs))
-    groups = ws[0].arena.groups
-    if key not in groups:  # they stay in the group, so that no other object takes one's id
-        outputs = tuple(w.shape[0] for w in ws)
-        before = np.cumsum((0, *outputs))
-        jobs = []
-        for kind in dict.fromkeys(w.kind for w in ws):
-            rows = [
-                (w.at + p * panel_size(kind, w.shape[1]), before[m], p * PANEL, outputs[m])
-                for m, w in enumerate(ws)
-                for p in range(n_panels(outputs[m]))
-                if w.kind == kind
-            ]
-            jobs.append(Job(kind, _linears_of(kind), np.array(rows, np.int64).reshape(-1, 4)))
+    """What is needed to multiply by these matrices, remembered with the first of them."""
+    group = ws[0].group
+    if group is None or group.ws != ws or not all(map(is_, group.bs, bs)):
+        outputs = [w.shape[0] for w in ws]
+        before = np.cumsum([0, *outputs]).tolist()
+        jobs = [_job(kind, ws, before) for kind in dict.fromkeys(w.kind for w in ws)]
         bias = [np.zeros(n, F) if b is None else b for n, b in zip(outputs, bs, strict=True)]
         none = all(b is None for b in bs)
-        groups[key] = Group((*ws, *bs), tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), tuple(before.tolist()))
-    return groups[key]
+        group = Group(ws, bs, tuple(jobs), np.zeros(0, F) if none else np.concatenate(bias), tuple(before))
+        ws[0].group = group
+    return group
+
+
+def _job(kind: str, ws: Sequence[Panels], before: Sequence[int]) -> Job:
+    rows = [
+        (w.at + p * panel_size(kind, w.shape[1]), before[m], p * PANEL, w.shape[0])
+        for m, w in enumerate(ws)
+        for p in range(n_panels(w.shape[0]))
+        if w.kind == kind
+    ]
+    arena = ws[0].arena
+    weights = arena.floats if kind == "F32" else arena.packed
+    little, much = _linears_of(kind)
+    return Job(little, much, weights, np.array(rows, np.int64).reshape(-1, 4))
 
 
 # Single numbers
@@ -289,14 +298,18 @@ def _panel_of(one_row, rows):
     return panel
 
 
+panel: Any  # stands for the panel function of a kind, which `specialised` binds; likewise unpack
+unpack: Any
+
+
 def _linears(x, weights, table, bias, y):
     for p in range(len(table)):
-        panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)  # noqa: F821  # see specialised
+        panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
 
 
 def _linears_parallel(x, weights, table, bias, y):
     for p in prange(len(table)):
-        panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)  # noqa: F821
+        panel(x, weights, (table[p, 0], table[p, 1], table[p, 2], table[p, 3]), bias, y)
 
 
 @lru_cache
@@ -310,7 +323,7 @@ def _linears_of(kind):
 
 def _unpack(weights, at, step, n, n_k, y):
     for p in range(n):
-        unpack(weights, at + p * step, n_k // GROUP, y, p * n_k * PANEL)  # noqa: F821
+        unpack(weights, at + p * step, n_k // GROUP, y, p * n_k * PANEL)
 
 
 @lru_cache
@@ -334,13 +347,13 @@ def linear(x: Array, w: Panels, b: Array | None = None) -> Array:  # [T, K], [N,
 
 def linears(x: Array, ws: Sequence[Panels], bs: Sequence[Array | None]) -> list[Array]:
     """Several linear maps of the same x: [T, N] for each."""
-    group, arena, t = _group(ws, bs), ws[0].arena, len(x)
-    y = (np.zeros if t == 1 else np.empty)(t * group.ends[-1], F)
+    group, t = _group(ws, bs), len(x)
+    total = group.ends[-1]
+    y = (np.zeros if t == 1 else np.empty)(t * total, F)
     for job in group.jobs:
-        weights = arena.floats if job.kind == "F32" else arena.packed
-        job.kernels[x.size * group.ends[-1] >= PARALLEL_WORK](x, weights, job.table, group.bias, y)
+        (job.much if x.size * total >= PARALLEL_WORK else job.little)(x, job.weights, job.table, group.bias, y)
     if len(ws) == 1:
-        return [y.reshape(t, group.ends[-1])]
+        return [y.reshape(t, total)]
     return [y[t * first : t * end].reshape(t, end - first) for first, end in pairwise(group.ends)]
 
 

@@ -109,12 +109,11 @@ def attention(
     scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0) * q.dtype.type(scale)  # [H, T, S]
     mask = slots.mask()  # [T, S]
     scores[:, ~mask] = -np.inf
-    if cuts is not None:
-        head, t, src, zeroed = cuts[:, 0], cuts[:, 1] - slots.start, cuts[:, 2], cuts[:, 3] == 1
-        scores[head[~zeroed], t[~zeroed], src[~zeroed]] = -np.inf
+    head, t, src, zeroed = _NO_CUTS if cuts is None else (cuts - [0, slots.start, 0, 0]).T
+    cut, zeroed = zeroed == 0, zeroed == 1
+    scores[head[cut], t[cut], src[cut]] = -np.inf
     weights = softmax(scores)  # [H, T, S]
-    if cuts is not None:
-        weights[head[zeroed], t[zeroed], src[zeroed]] = 0
+    weights[head[zeroed], t[zeroed], src[zeroed]] = 0
     if weights_out is not None:
         weights_out[:] = weights[:, mask]
     if scores_out is not None:
@@ -123,9 +122,12 @@ def attention(
     return z.transpose(1, 0, 2)
 
 
+_NO_CUTS = np.zeros((4, 0), np.int64)
+
+
 def softmax(scores: Array) -> Array:  # [..., S] -> [..., S]
     """exp(s - max s) / sum exp(s - max s); all zero where every score is -inf. Mixes the last axis."""
-    top = np.max(scores, axis=-1, keepdims=True)
+    top = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
     e = np.exp(scores - np.where(np.isneginf(top), 0, top))  # [..., S]
     total = np.sum(e, axis=-1, keepdims=True)
     return e / np.where(total == 0, 1, total)

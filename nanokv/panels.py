@@ -18,7 +18,7 @@ gives, and no activation is ever quantised.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,9 @@ class Arena:
 
     floats: Array  # float32
     packed: Array  # uint8; three bytes longer than its panels, for a load of a dword may begin at its last byte
-    groups: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Panels:
     """A matrix [N, K] in an arena, from `at` on (in floats for kind F32, else in bytes); outputs past N are 0."""
 
@@ -72,6 +71,7 @@ class Panels:
     kind: str
     at: int
     shape: tuple[int, int]
+    group: Any = None  # what the kernels remember of it
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
         n, k = self.shape

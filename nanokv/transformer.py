@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -152,8 +152,8 @@ class Transformer:
                     observer.state("final_scale", config.n_layers, start + len(tokens) - len(x), self._scale(x))
                 h = self.norm(x, weights.final_norm, weights.final_norm_bias)  # [T, D]
                 logits = ops.linear(h, weights.head)  # [T, V]
+                observer.end(logits)  # first: if it cannot be recorded, it shall not have happened
                 cache.commit(tokens, logits[-1])
-                observer.end(logits)
             except BaseException:
                 observer.abort()
                 raise
@@ -226,18 +226,18 @@ def attention_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array
     return attend(model, w, x, q, slots, call)
 
 
+_AS_IT_IS = nullcontext()
+
+
 def attend(model: Transformer, w: BlockWeights, x: Array, q: Array, slots: Slots, call: Call) -> Array:
     """x + what the heads find in these slots of the cache; nothing if there are none."""
     config, ops, cache, observer, layer = model.config, model.ops, call.cache, call.observer, slots.layer
     weights, scores = (
         np.empty((config.n_heads, slots.count), x.dtype) if observer.wants(site) else None for site in ("pattern", "scores")
     )
-    with ExitStack() as replaced:
-        for entry in call.edits.entries.get(layer, ()):
-            replaced.enter_context(cache.holding(layer, entry.pos, entry.k, entry.v))
-        z = np.zeros_like(q)  # [T, H, hd]
-        if slots.count:
-            z = ops.attention(q, cache, slots, config.attn_scale, call.edits.edges.get(layer), weights, scores)  # [T, H, hd]
+    entries = call.edits.entries.get(layer)
+    with cache.holding(layer, entries) if entries else _AS_IT_IS:
+        z = ops.attention(q, cache, slots, config.attn_scale, call.edits.edges.get(layer), weights, scores)  # [T, H, hd]
     observer.read(layer, call.start, slots, scores, weights)
     observer.state("z", layer, call.start, z)
 

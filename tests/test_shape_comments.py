@@ -11,7 +11,8 @@ import pytest
 from models import CONFIGS, model
 from shapes import Watcher, uncompared
 
-from nanokv import cache, ops, transformer
+from nanokv import cache, feedback, ops, transformer
+from nanokv.feedback import FeedbackTransformer
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,11 @@ def watchers() -> list[Watcher]:
         filled = small.new_cache()
         small.forward(np.arange(past), filled)
         watcher.run(partial(small.forward, np.arange(new), filled, last_logits_only=new == 1))
+        watched.append(watcher)
+        fed, watcher = FeedbackTransformer.of(small), Watcher((feedback,), legend)
+        filled = fed.new_cache()
+        fed.forward(np.arange(past), filled)
+        watcher.run(partial(fed.forward, np.arange(new), filled))
         watched.append(watcher)
     return watched
 
