@@ -10,6 +10,8 @@ from typing import Any
 
 from nanokv.errors import EmptyPromptError, NanokvError
 
+MOST_NAMED = 5  # ids that are printed of a broken law
+
 DESCRIPTION = """\
 Run a language model and see how information flowed through it.
 
@@ -81,11 +83,65 @@ def trace(options: argparse.Namespace) -> None:
     """Record a run into a folder."""
     from nanokv.trace import Recorder
 
+    if (options.prompt is None) == (options.chat is None):
+        raise NanokvError("give a prompt, or a conversation with --chat FILE.jsonl (- for standard input)")
+    if options.resume and options.chat is None:
+        raise NanokvError("--resume goes with --chat: give the whole conversation, of which the trace holds the beginning")
+    if options.max_new_tokens is None:
+        options.max_new_tokens = 0 if options.chat is None else 50
+    if options.chat is not None:
+        return _trace_chat(options)
     model = _model(options)
     tokens = _tokens(model, options.prompt)  # a bad prompt leaves no folder behind
-    with Recorder(options.output, level=options.level) as recorder:
+    with Recorder(options.output, level=options.level, topk=options.topk) as recorder:
         _run(model, options, recorder, tokens)
     print(f"{options.output}: {recorder.trace!r}")
+    return None
+
+
+def _trace_chat(options: argparse.Namespace) -> None:
+    """Record a conversation: each turn of others in one call, then the model's answer if it is its turn."""
+    import nanokv
+    from nanokv import chat
+    from nanokv.trace import Recorder, Trace
+    from nanokv.trace.recorder import rebuilt_cache
+
+    where = "standard input" if str(options.chat) == "-" else str(options.chat)
+    messages = chat.read_messages(sys.stdin.buffer.read() if where == "standard input" else options.chat.read_bytes(), where)
+    model: Any = nanokv.load(options.model, ops=options.ops)
+    cache = rebuilt_cache(Trace.load(options.output), model) if options.resume else model.new_cache()
+    answers = chat.awaits_answer(messages) and options.max_new_tokens > 0
+    turns = chat.turns(model, messages, cache, answer=answers)  # what is wrong with it leaves no folder behind
+    with Recorder(options.output, level=options.level, topk=options.topk, resume=options.resume) as recorder:
+        for turn in turns:
+            recorder.turn(turn.role, goes_on=turn.goes_on)
+            model.forward(turn.tokens, cache, observer=recorder)
+        if answers:
+            steps = _progress(_generated(model, options, recorder, cache), options.max_new_tokens)
+            print("model:", model.tokenizer.decode(list(steps)).strip())
+    print(f"{options.output}: {recorder.trace!r}")
+
+
+def check(options: argparse.Namespace) -> int:
+    """Test the laws that hold of every trace; 1 if one is broken."""
+    from nanokv.trace import Trace, laws
+
+    recorded = Trace.load(options.trace)
+    print(f"{options.trace}: {recorded!r}")
+    counts = {"holds": 0, "BROKEN": 0, "not tested": 0}
+    for law in laws.LAWS:
+        why_not = laws.untested(recorded, law)
+        broken = None if why_not is not None else laws.broken_by(recorded, law)
+        verdict = "not tested" if why_not is not None else "holds" if broken is None else "BROKEN"
+        counts[verdict] += 1
+        print(f"  {verdict:<10}  {law.name:<16}  {law.says}" + (f" ({why_not})" if why_not else ""))
+        for name, note in zip(broken.ids[:MOST_NAMED], broken.notes, strict=False) if broken is not None else ():
+            print(f"    {name} {note}")
+        if broken is not None and len(broken.ids) > MOST_NAMED:
+            least = "at least " if len(broken.ids) == laws.MOST else ""
+            print(f"    ... and {least}{len(broken.ids) - MOST_NAMED} more")
+    print(", ".join(f"{count} {'broken' if verdict == 'BROKEN' else verdict}" for verdict, count in counts.items()))
+    return 1 if counts["BROKEN"] else 0
 
 
 def show(options: argparse.Namespace) -> None:
@@ -93,9 +149,50 @@ def show(options: argparse.Namespace) -> None:
     from nanokv.trace import Trace
     from nanokv.trace.explain import show as lines
 
-    for line in lines(Trace.load(options.trace), step=options.step, layer=options.layer, head=options.head, pos=options.pos,
-                      most=options.most):  # fmt: skip
+    chosen = {name: getattr(options, name) for name in ("step", "layer", "head", "pos", "src", "by", "most")}
+    for line in lines(Trace.load(options.trace), **chosen, everything=options.all):
         print(line)
+
+
+def why(options: argparse.Namespace) -> None:
+    """Print the arithmetic of one number."""
+    import nanokv
+    from nanokv.trace import Trace
+    from nanokv.trace.explain import why as lines
+
+    recorded = Trace.load(options.trace)
+    model = None if options.model is None else nanokv.load(options.model)
+    for line in lines(recorded, options.id, model, everything=options.all):
+        print(line)
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Compare two traces, or a trace and a dump; 1 if they differ."""
+    from nanokv.trace import Trace
+    from nanokv.trace.explain import diff as compare
+
+    a, b = options.a, options.b
+    if a.is_file() and b.is_dir():
+        a, b = b, a
+    found = compare(Trace.load(a), Trace.load(b) if b.is_dir() else b, tolerance=options.tolerance, names=(str(a), str(b)))
+    for line in found.lines():
+        print(line)
+    return 0 if found.equal else 1
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trace in another program's form."""
+    from nanokv.trace import Trace
+    from nanokv.trace import export as forms
+
+    form = options.form or options.output.suffix[1:]
+    if form not in ("parquet", "jsonl", "dump"):
+        raise NanokvError(f"{options.output}: say the form by the suffix, .parquet, .jsonl or .dump, or by --form")
+    recorded, only = Trace.load(options.trace), options.only.split(",") if options.only else None
+    if form == "parquet":
+        print(*forms.parquet(recorded, options.output, only), sep="\n")
+    else:
+        print((forms.json_lines if form == "jsonl" else forms.dump)(recorded, options.output, only))
 
 
 def models(options: argparse.Namespace) -> None:
@@ -110,7 +207,7 @@ def models(options: argparse.Namespace) -> None:
 def _model(options: argparse.Namespace) -> Any:
     import nanokv
 
-    if not options.prompt.strip():
+    if options.prompt is None or not options.prompt.strip():
         raise EmptyPromptError('the prompt is empty: give some text, such as nanokv draw "the cat sat on the mat and the cat"')
     return nanokv.load(options.model, ops=options.ops)
 
@@ -153,9 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanokv", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    running = _options_of_a_run()
-
-    one = _command(commands, draw, running, "draw what led to a prediction", """\
+    one = _command(commands, draw, _options_of_a_run(0), "draw what led to a prediction", """\
         Which earlier tokens, through which layers, led to the prediction at the prompt's end (or at --at).""")  # fmt: skip
     one.add_argument("-o", "--output", required=True, type=Path, help="the picture: NAME.svg, .png, .pdf or .dot")
     one.add_argument("--measure", default="norm", help="what an edge's weight is: norm (how much a read moved, the default) "
@@ -165,34 +260,72 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--at", type=int, default=-1, help="the position whose prediction is explained (default: the last)")
     one.add_argument("--heads", choices=("apart", "merged"), default="apart", help="an edge for each head, or one for all")
 
-    one = _command(commands, generate, running, "write on from a prompt", "Write on from a prompt, token by token.")
+    one = _command(commands, generate, _options_of_a_run(50), "write on from a prompt", "Write on, token by token.")
     one.add_argument("--echo", action="store_true", help="print the prompt, too")
 
-    one = _command(commands, trace, running, "record every read and write of the cache", """\
+    one = _command(commands, trace, _options_of_a_run(None, prompt_needed=False), "record reads and writes of the cache", """\
         Record a run into a folder NAME.nkv: trace.json and a safetensors file for each forward call.""")  # fmt: skip
     one.add_argument("-o", "--output", required=True, type=Path, help="the folder to make, such as run.nkv")
-    one.add_argument("--level", choices=("writes", "weights", "vectors", "states"), default="weights", help="what is kept, "
-                     "each with all before it (default: weights)")  # fmt: skip
+    one.add_argument("--level", choices=("writes", "weights", "vectors", "states"), help="what is kept, each with all before "
+                     "it (default: weights)")  # fmt: skip
+    one.add_argument("--topk", type=int, metavar="K", help="keep only the K largest attention weights of a row")
+    one.add_argument("--chat", type=Path, metavar="FILE.jsonl", help='a conversation instead of a prompt: JSON lines {"role": '
+                     '"user", "text": "Hello"} (roles: user, model, system, tool); - is standard input. Each turn is one call; '
+                     "the model answers if it is its turn")  # fmt: skip
+    one.add_argument("--resume", action="store_true", help="with --chat: go on with the trace that is there, which holds the "
+                     "beginning of the conversation")  # fmt: skip
+
+    one = _command(commands, check, None, "test the laws that hold of every trace", """\
+        Test what must hold of every trace, whatever the model: who wrote which slot, who read it, what follows from what.
+        Exit status 1 if a law is broken.""")  # fmt: skip
+    one.add_argument("trace", type=Path, help="a folder that nanokv trace made")
 
     one = _command(commands, show, None, "tell a trace in words", "What each call wrote and whom its positions read.")
     one.add_argument("trace", type=Path, help="a folder that nanokv trace made")
-    for name in ("step", "layer", "head", "pos"):
-        one.add_argument(f"--{name}", type=int, help=f"only this {name}")
-    one.add_argument("--most", type=int, default=20, help="reads told of each call (default: 20)")
+    for name, about in (("step", "this call"), ("layer", "this layer"), ("head", "this head"), ("pos", "what this position "
+                        "reads"), ("src", "who reads this position")):  # fmt: skip
+        one.add_argument(f"--{name}", type=int, help=f"only {about}")
+    one.add_argument("--by", choices=("read", "pos", "layer", "head"), default="read", help="the strongest reads (default), or "
+                     "what each position, layer or head reads")  # fmt: skip
+    one.add_argument("--most", type=int, help="tell so many of each call (default: 20; of a call of one token 5)")
+    one.add_argument("--all", action="store_true", help="fold nothing: sinks, a position's own entry, the token before it")
+
+    one = _command(commands, why, None, "tell the arithmetic of one number", """\
+        One number's arithmetic, operation by operation, with its actual operands, in the order of docs/arithmetic.md.""")  # fmt: skip
+    one.add_argument("trace", type=Path, help="a folder that nanokv trace made")
+    one.add_argument("id", help="the number, such as 'layer1.pos5.mlp_out[7]' or 'step0.layer1.head2.pattern[5,3]'")
+    one.add_argument("--model", help="the model that was traced: its arithmetic is then told down to the weights")
+    one.add_argument("--all", action="store_true", help="fold nothing: every term of every sum")
+
+    one = _command(commands, diff, None, "find where two traces part", """\
+        The first number that differs, in the order of computation, and the largest difference of each site. Exit status 1
+        if any differs. Numbers are compared position by position, however the tokens were split into calls.""")  # fmt: skip
+    one.add_argument("a", type=Path, help="a trace")
+    one.add_argument("b", type=Path, help='another, or a file of JSON lines {"id": ..., "value": ...} by any program')
+    one.add_argument("--tolerance", type=float, default=0.0, help="differences up to this count as none (default: 0)")
+
+    one = _command(commands, export, None, "write a trace for other programs", """\
+        Parquet: a folder with a file for each table. jsonl: the tables' rows as JSON lines. dump: the arrays by id, which
+        nanokv diff reads.""")  # fmt: skip
+    one.add_argument("trace", type=Path, help="a folder that nanokv trace made")
+    one.add_argument("-o", "--output", required=True, type=Path, help="NAME.parquet, .jsonl or .dump")
+    one.add_argument("--form", choices=("parquet", "jsonl", "dump"), help="the form, if the suffix does not say it")
+    one.add_argument("--only", help="only these tables, or of a dump these sites, with commas between them")
 
     _command(commands, models, None, "list the models known by name", "List the models that --model knows by name.")
     return parser
 
 
-def _options_of_a_run() -> argparse.ArgumentParser:
+def _options_of_a_run(max_new_tokens: int | None, prompt_needed: bool = True) -> argparse.ArgumentParser:
     run = argparse.ArgumentParser(add_help=False)
-    run.add_argument("prompt", help="the text to begin with")
+    run.add_argument("prompt", nargs=None if prompt_needed else "?", help="the text to begin with")
     run.add_argument("--model", default="induction", help="a name (see: nanokv models), a .gguf file or a Hugging Face folder; "
                      "the default is the hand-made induction model, which needs no download and knows every word")  # fmt: skip
     run.add_argument(
         "--ops", choices=("numba", "numpy"), help="what computes: compiled kernels, or the readable NumPy operations"
     )
-    run.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to write (default: 50; draw and trace: 0)")
+    run.add_argument("--max-new-tokens", type=int, metavar="N", default=max_new_tokens, help="tokens to write (default: 50; "
+                     "draw, and trace of a prompt: 0)")  # fmt: skip
     run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     run.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     run.add_argument("--top-p", type=float, metavar="P", help="draw among the fewest tokens that hold probability P")
@@ -208,8 +341,6 @@ def _command(
         name, help=summary, description=" ".join(about.split()), parents=[] if parent is None else [parent]
     )
     parser.set_defaults(run=run)
-    if parent is not None:
-        parser.set_defaults(max_new_tokens=50 if run is generate else 0)
     return parser
 
 

@@ -49,6 +49,10 @@ class TokenizerError(NanokvError):
     """A text given to a model that has no tokenizer, or a tokenizer that cannot be built."""
 
 
+class ChatError(NanokvError):
+    """A conversation that cannot be read, or that the model's chat template cannot write."""
+
+
 class TraceError(NanokvError):
     """A trace that does not hold what was asked of it."""
 

@@ -298,8 +298,8 @@ def _panel_of(one_row, rows):
     return panel
 
 
-panel: Any  # stands for the panel function of a kind, which `specialised` binds; likewise unpack
-unpack: Any
+panel: Any = None  # `specialised` binds these two for each kind of matrix
+unpack: Any = None
 
 
 def _linears(x, weights, table, bias, y):

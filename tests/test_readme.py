@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ORDER = """config cache ops transformer
-    edits generate handmade weights errors
+    edits feedback generate handmade weights errors
     load families gguf_file safetensors_file tokenizer
     panels microkernel kernels threads cli"""
 

@@ -13,7 +13,7 @@ from nanokv.errors import FileFormatError, NanokvError, TraceError
 from nanokv.generate import generate
 from nanokv.trace import Recorder, Trace
 from nanokv.trace.explain import show
-from nanokv.trace.recorder import hash_words
+from nanokv.trace.hashes import hash_words
 from nanokv.trace.schema import KINDS, LEVELS, SITES
 from nanokv.transformer import Transformer
 

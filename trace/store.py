@@ -2,114 +2,151 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nanokv import safetensors_file
-from nanokv.config import Config, Rope
-from nanokv.errors import FileFormatError, TraceError
-from nanokv.trace.schema import KINDS, LEVELS, NAME, ROLES, SITES, STORED, VERSION, holds
+from nanokv.config import Config
+from nanokv.errors import TraceError
+from nanokv.trace.schema import KINDS, ROLES, SITES, TABLES, holds, level_of
+from nanokv.trace.steps import About, Audit, Step, StoredSteps, audits
 
 if TYPE_CHECKING:
     from nanokv.trace.flow import Flow
+    from nanokv.trace.laws import Broken
     from nanokv.transformer import Transformer
 
+__all__ = ["Step", "Table", "Trace"]
 Array = np.ndarray
-_FORMAT = f"{NAME}-step {VERSION}"
 
 
-class Step:
-    """One forward call: positions start to start + T - 1, and the arrays of `schema.STORED` that its level holds."""
+class Table(Mapping[str, Array]):
+    """Columns by name. Each is made when it is asked for, so that asking for one doesn't cost the others."""
 
-    def __init__(self, number: int, start: int, arrays: Mapping[str, Array]) -> None:
-        self.number, self.start, self.arrays = number, start, arrays
-        self.n = len(arrays["token_id"])
+    def __init__(self, names: Sequence[str], column: Callable[[str], Array]) -> None:
+        self._names, self._column = tuple(names), column
 
-    @cached_property
-    def layer_ends(self) -> Array:
-        """int64 [L + 1]: the reads of the layers before each, all heads of one counted once."""
-        return np.cumsum(np.r_[0, (self.arrays["read_stop"] - self.arrays["read_first"]).sum(axis=1, dtype=np.int64)])
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._column(name)
 
-    def reads(self, name: str, layer: int) -> Array:
-        """weight or score of a layer, [H, R]."""
-        h = self.arrays["read_kv_head"].shape[1]
-        low, high = self.layer_ends[layer] * h, self.layer_ends[layer + 1] * h
-        return self.arrays[name][low:high].reshape(h, -1)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
-    def pairs(self, layer: int) -> tuple[Array, Array]:
-        """dst and src of the R reads of a layer."""
-        first, stop = self.arrays["read_first"][layer], self.arrays["read_stop"][layer]
-        counts = stop - first
-        dst = np.repeat(np.arange(self.start, self.start + self.n, dtype=np.int32), counts)
-        within = np.arange(counts.sum(), dtype=np.int32) - np.repeat(np.cumsum(counts, dtype=np.int32) - counts, counts)
-        return dst, np.repeat(first, counts) + within
+    def __len__(self) -> int:
+        return len(self._names)
 
-    def texts(self) -> list[str]:
-        """The text of each token."""
-        data, ends = self.arrays["text"].tobytes(), self.arrays["text_end"].tolist()
-        return [data[a:b].decode("utf-8", "replace") for a, b in zip([0, *ends], ends, strict=False)]
+    def __repr__(self) -> str:
+        return f"<Table of {', '.join(self._names)}>"
 
 
 class Trace:
-    """The recorded calls of one sequence. Tables are mappings from a column's name to a NumPy array.
+    """The recorded calls of one sequence. A table maps a column's name to a NumPy array; `schema.TABLES` lists them.
 
-    Level `writes` has tokens, writes and the slots of reads; `weights` adds what was read by how much; `vectors` keys,
-    values and scores; `states` the residual stream and the logits. What a level does not hold is a TraceError.
+    Level `writes` has tokens, writes and the slots of reads; `weights` adds what was read by how much; `vectors` queries,
+    keys, values and scores; `states` the residual stream and the logits. What a level does not hold is a TraceError. A
+    trace on the disk is read when it is used, step by step; a damaged file is a FileFormatError that names it.
     """
 
-    def __init__(self, config: Config, level: str, steps: Sequence[Step], model_hash: str = "", model_name: str = "") -> None:
-        self.config, self.level, self.steps = config, level, list(steps)
-        self.model_hash, self.model_name = model_hash, model_name
+    def __init__(
+        self, about: About, steps: Sequence[Step], audits: Sequence[Audit] = (), model: Transformer | None = None
+    ) -> None:
+        """model: the one that was recorded, if its hash was not taken yet."""
+        self.about, self.steps, self.audits, self._model = about, steps, list(audits), model
+
+    @staticmethod
+    def load(path: str | Path) -> Trace:
+        """Open a trace folder. Arrays are read from the disk when they are asked for. FileFormatError if it is none."""
+        from nanokv.trace.writer import read_about
+
+        folder = Path(path)
+        about = read_about(folder)
+        return Trace(about, StoredSteps(folder, about), audits(folder, about))
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole trace to a folder NAME.nkv."""
+        from nanokv.trace.writer import save
+
+        save(self, path)
+
+    @property
+    def config(self) -> Config:
+        """The shape of the model."""
+        return self.about.config
+
+    @property
+    def level(self) -> str:
+        """How much was kept: one of `schema.LEVELS`."""
+        return self.about.level
+
+    @property
+    def topk(self) -> int | None:
+        """How many weights of a row were kept; None: all."""
+        return self.about.topk
+
+    @cached_property
+    def model_hash(self) -> str:
+        """The fingerprint of the model that was recorded."""
+        return self._model.fingerprint if self._model is not None and not self.about.model_hash else self.about.model_hash
+
+    @property
+    def model_name(self) -> str:
+        """What the model was loaded as."""
+        return self.about.model_name
 
     @property
     def length(self) -> int:
         """Positions recorded."""
-        return sum(step.n for step in self.steps)
+        return self.steps[-1].start + self.steps[-1].n - self.steps[0].start if len(self.steps) else 0
 
     def __repr__(self) -> str:
         return f"<Trace of {self.model_name or 'a model'}: {self.length} tokens in {len(self.steps)} calls, level {self.level}>"
 
-    @property
+    @cached_property
     def tokens(self) -> dict[str, Array]:
         """pos, token_id, text, turn, role, step, chunk, sampled: a row for each position."""
-        columns = {name: self._joined(name) for name in ("token_id", "turn", "chunk")}
-        steps = np.repeat([step.number for step in self.steps], [step.n for step in self.steps]).astype(np.int32)
-        return {
-            "pos": np.concatenate([np.arange(s.start, s.start + s.n, dtype=np.int32) for s in self._recorded()]),
-            "text": np.array([text for step in self.steps for text in step.texts()], object),
-            "role": np.array(ROLES, object)[self._joined("role")],
-            "step": steps,
-            "sampled": self._joined("sampled").astype(bool),
-            **columns,
-        }
+        columns: dict[str, Array] = {name: self._joined(name) for name in ("token_id", "turn", "chunk")}
+        columns["step"] = np.concatenate([np.full(step.n, step.number, np.int32) for step in self._recorded()])
+        columns["pos"] = np.concatenate([np.arange(s.start, s.start + s.n, dtype=np.int32) for s in self.steps])
+        columns["text"] = np.array([text for step in self.steps for text in step.texts()], object)
+        columns["role"] = np.array(ROLES, object)[np.concatenate([step.roles() for step in self.steps])]
+        columns["sampled"] = self._joined("sampled").astype(bool)
+        return {name: columns[name] for name in TABLES["tokens"]}
 
     @property
-    def writes(self) -> dict[str, Array]:
-        """step, layer, slot, pos, kv_head, k_hash, v_hash, k_norm, v_norm: a row for each entry written to the cache."""
-        return _stack([self._writes_of(step) for step in self._recorded()])
+    def writes(self) -> Table:
+        """step, layer, slot, pos, kv_head, turn, role (an index into ROLES), k_hash, v_hash, k_norm, v_norm: a row for each
+        entry written to the cache."""
+        return Table(tuple(TABLES["writes"]), lambda name: np.concatenate([_write(step, name) for step in self._recorded()]))
 
     @property
-    def reads(self) -> dict[str, Array]:
-        """step, layer, head, dst, src, kv_layer, kv_head, slot, kind (an index into KINDS), and weight and score where
-        the level holds them: a row for each slot that a head read for a position. Rows are made when asked for; mind that
-        there are L * H * T * (T + 1) / 2 of them."""
-        return _stack([self._reads_of(step, layer) for step in self._recorded() for layer in range(self.config.n_layers)])
+    def reads(self) -> Table:
+        """step, layer, head, dst, src, kv_layer, kv_head, slot, kind (an index into KINDS), turn and role of dst, and weight
+        and score where the level holds them: a row for each slot that a head read for a position; with topk, for each of
+        those kept. Rows are made when asked for; mind that there are L * H * T * (T + 1) / 2 of them."""
+        names = [name for name in TABLES["reads"] if name not in ("weight", "score") or holds(self.level, level_of(name))]
+        layers = range(self.config.n_layers)
+        return Table(
+            names, lambda name: np.concatenate([_read(step, l, name) for step in self._recorded() for l in layers])
+        )
+
+    @property
+    def edits(self) -> Table:
+        """step, kind, site, layer, head (-1: all), pos, src (-1: none): a row for each intervention."""
+        return Table(tuple(TABLES["edits"]), lambda name: np.concatenate([_edit(step, name) for step in self._recorded()]))
 
     def pattern(self, layer: int) -> Array:
-        """float32 [H, S, S]: attention weights of a layer, dst by src, 0 where nothing was read."""
+        """float32 [H, S, S]: attention weights of a layer, dst by src, 0 where nothing was read (or, with topk, kept)."""
         return self._square("weight", layer, 0.0)
 
     def scores(self, layer: int) -> Array:
-        """float32 [H, S, S]: scores of a layer, dst by src, -inf where nothing was read."""
+        """float32 [H, S, S]: scores of a layer, dst by src, -inf where nothing was read; NaN where topk kept nothing."""
         return self._square("score", layer, -np.inf)
 
     def keys(self, layer: int) -> Array:
@@ -137,15 +174,24 @@ class Trace:
         """The array that an id names:
 
         layer1.pos5                  the residual stream entering layer 1 at position 5, [D]; layer L is the final state
-        layer1.pos5.attn_out         another site there, [D]
-        step3.layer1.resid_pre       a site of a call, [T, D]; also k and v, [T, G, hd]
-        step3.layer1.head2.pattern   the weights of a head in a call, [T, S]; also scores
-        step3.logits, pos5.logits    the logits of a call, [T', V], and of a position, [V]
+        layer1.pos5.attn_out         another site there, [D]; also q and z, [H, hd], k and v, [G, hd]
+        layer1.pos5.pattern          the weights of all heads at a position, [H, S], S = 6; also scores
+        layer1.pos5.head2.pattern    those of one head, [S]; also scores, q, z, [hd]
+        step3.layer1.resid_pre       a site of a call, [T, D]; also q and z, [T, H, hd], k and v, [T, G, hd]
+        step3.layer1.pattern         the weights of a call, [H, T, S]; also scores
+        step3.layer1.head2.pattern   the weights of a head in a call, [T, S]; also scores, q, z, [T, hd]
+        step3.logits, pos5.logits    the logits of a call, [T', V], and of a position, [V]; also final_scale
         """
         for form, resolve in _IDS:
             if match := re.fullmatch(form, name):
                 return resolve(self, *(int(part) if part.isdigit() else part for part in match.groups()))
         raise TraceError(f"{name!r} is no id of a trace; ids look like layer1.pos5, step3.layer1.head2.pattern, pos5.logits")
+
+    def check(self) -> list[Broken]:
+        """The laws that the trace breaks, each with the ids that break it: [] if all is well. See `laws`."""
+        from nanokv.trace import laws
+
+        return laws.check(self)
 
     def flow(self, model: Transformer | None = None, *, measure: str, at: int = -1, token: int | str | None = None,
              against: int | str | None = None, heads: Literal["apart", "merged"] = "apart") -> Flow:  # fmt: skip
@@ -154,49 +200,56 @@ class Trace:
 
         return flow.flow(self, model, measure=measure, at=at, token=token, against=against, heads=heads)
 
-    def save(self, path: str | Path) -> None:
-        """Write the whole trace to a folder NAME.nkv."""
-        writer = TraceWriter(path, self.level)
-        writer.describe(self.config, self.model_hash, self.model_name)
-        for step in self.steps:
-            writer.add(step.number, step.start, {name: [array] for name, array in step.arrays.items()})
-        writer.close()
-
-    @staticmethod
-    def load(path: str | Path) -> Trace:
-        """Open a trace folder. Arrays are read from the disk when they are asked for. FileFormatError if it is none."""
-        folder = Path(path)
-        about = _description(folder)
-        files = sorted(folder.glob("step-*.safetensors"))
-        steps = [_read_step(file, about["level"]) for file in files]
-        return Trace(_config_of(about["config"], folder), about["level"], steps, about["model_hash"], about["model_name"])
-
-    def _recorded(self) -> list[Step]:
-        if not self.steps:
+    def _recorded(self) -> Sequence[Step]:
+        if not len(self.steps):
             raise TraceError("the trace holds no call: record a forward pass first")
         return self.steps
 
     def _array(self, step: Step, name: str) -> Array:
         if name not in step.arrays:
-            level = next(stored.level for stored in STORED if stored.name == name)
+            level = level_of(name)
             raise TraceError(f"{name} is recorded from level {level} on, and this trace has level {self.level}: record it "
                              f"again with level={level!r}")  # fmt: skip
         return step.arrays[name]
 
     def _joined(self, name: str, layer: int | None = None) -> Array:
-        arrays = [self._array(step, name) for step in self._recorded()]
-        return np.concatenate([array if layer is None else array[self._layer(layer)] for array in arrays])
+        """An array of all steps, or its part of one layer, one position after the other."""
+        steps, at = self._recorded(), 0
+        joined = np.empty(0)
+        for step in steps:  # one after the other, for a step's file may be closed when the next one is used
+            part = self._array(step, name) if layer is None else self._array(step, name)[self._layer(layer)]
+            if step is steps[0]:
+                joined = np.empty((self.length, *part.shape[1:]), part.dtype)
+            if step.start - steps[0].start != at or len(part) != step.n:
+                raise TraceError(f"step {step.number} has {len(part)} rows of {name} from position {step.start} on; expected "
+                                 f"{step.n} from {steps[0].start + at} on: see what trace.check() says")  # fmt: skip
+            joined[at : at + step.n] = part
+            at += step.n
+        return joined
 
     def _layer(self, layer: int) -> int:
         if not 0 <= layer < self.config.n_layers:
             raise TraceError(f"layer {layer} is not in the model: layers are 0 to {self.config.n_layers - 1}")
         return layer
 
+    def _head(self, head: int) -> int:
+        if not 0 <= head < self.config.n_heads:
+            raise TraceError(f"head {head} is not in the model: heads are 0 to {self.config.n_heads - 1}")
+        return head
+
     def _step_of(self, pos: int) -> Step:
-        for step in self._recorded():
-            if step.start <= pos < step.start + step.n:
-                return step
-        raise TraceError(f"position {pos} is not in the trace, which holds {self.length} positions")
+        steps = self._recorded()
+        i = bisect_right(steps, pos, key=lambda step: step.start) - 1
+        if i >= 0 and pos < steps[i].start + steps[i].n:
+            return steps[i]
+        raise TraceError(f"position {pos} is not in the trace, which holds {self.length} positions, from {steps[0].start} on")
+
+    def _numbered(self, number: int) -> Step:
+        first = self._recorded()[0].number  # numbers follow one another, in what a recorder wrote
+        if 0 <= number - first < len(self.steps) and self.steps[number - first].number == number:
+            return self.steps[number - first]
+        last = self.steps[-1].number
+        raise TraceError(f"step {number} is not in the trace, which has {len(self.steps)} steps, {first} to {last}")
 
     def _square(self, name: str, layer: int, empty: float) -> Array:
         square = np.full((self.config.n_heads, self.length, self.length), empty, np.float32)
@@ -208,189 +261,118 @@ class Trace:
             square[:, dst[inside] - origin, src[inside] - origin] = step.reads(name, layer)[:, inside]
         return square
 
-    def _writes_of(self, step: Step) -> dict[str, Array]:
-        l, t, g = step.arrays["k_hash"].shape
-        layer, row, kv_head = (index.reshape(-1) for index in np.indices((l, t, g), np.int32))
-        columns = {name: step.arrays[name].reshape(-1) for name in ("k_hash", "v_hash", "k_norm", "v_norm")}
-        slot = step.arrays["write_slot"][layer] + row
-        return {"step": np.full(l * t * g, step.number, np.int32), "layer": layer, "slot": slot, "pos": step.start + row,
-                "kv_head": kv_head, **columns}  # fmt: skip
-
     def _reads_of(self, step: Step, layer: int) -> dict[str, Array]:
-        dst, src = step.pairs(layer)
-        kv_head = step.arrays["read_kv_head"][layer]
-        h, r = len(kv_head), len(dst)
-        kind = np.where(src == dst, KINDS.index("self"), np.where(src < step.start, KINDS.index("past"), KINDS.index("chunk")))
-        columns = {
-            "step": np.full(h * r, step.number, np.int32),
-            "layer": np.full(h * r, layer, np.int32),
-            "head": np.repeat(np.arange(h, dtype=np.int32), r),
-            "dst": np.tile(dst, h),
-            "src": np.tile(src, h),
-            "kv_layer": np.full(h * r, step.arrays["read_layer"][layer], np.int32),
-            "kv_head": np.repeat(kv_head, r),
-            "slot": np.tile(src, h),
-            "kind": np.tile(kind.astype(np.uint8), h),
-        }
-        return columns | {name: step.reads(name, layer).reshape(-1) for name in ("weight", "score") if name in step.arrays}
+        """The columns of `reads` for one layer of one step."""
+        return {name: _read(step, layer, name) for name in self.reads}
 
 
-def _stack(parts: list[dict[str, Array]]) -> dict[str, Array]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _write(step: Step, name: str) -> Array:
+    """A column of `writes` of one step."""
+    if name in ("k_hash", "v_hash", "k_norm", "v_norm"):
+        return step.arrays[name].reshape(-1)
+    l, t, g = step.arrays["k_hash"].shape
+    slot = step.arrays["write_slot"][:, None, None] + np.arange(t, dtype=np.int32)[:, None]
+    columns: dict[str, Array] = {
+        "step": np.full((), step.number, np.int32),
+        "layer": np.arange(l, dtype=np.int32)[:, None, None],
+        "slot": slot,
+        "pos": np.arange(step.start, step.start + t, dtype=np.int32)[:, None],
+        "kv_head": np.arange(g, dtype=np.int32),
+        "turn": step.arrays["turn"][:, None],
+        "role": step.roles()[:, None],
+    }
+    return np.broadcast_to(columns[name], (l, t, g)).reshape(-1)
 
 
-def _state_at(trace: Trace, layer: int, pos: int, site: str = "resid_pre") -> Array:
+def _read(step: Step, layer: int, name: str) -> Array:
+    """A column of `reads` of one layer of one step."""
+    if name in ("weight", "score"):
+        return step.kept(name, layer).reshape(-1)
+    dst, src = step.kept_pairs(layer)
+    h = len(src)
+    if name == "kind":
+        past = np.where(src < step.start, KINDS.index("past"), KINDS.index("chunk"))
+        return np.where(src == dst, KINDS.index("self"), past).astype(np.uint8).reshape(-1)
+    columns: dict[str, Callable[[], Array]] = {
+        "step": lambda: np.full((), step.number, np.int32),
+        "layer": lambda: np.full((), layer, np.int32),
+        "head": lambda: np.arange(h, dtype=np.int32)[:, None],
+        "dst": lambda: dst,
+        "src": lambda: src,
+        "kv_layer": lambda: step.arrays["read_layer"][layer],
+        "kv_head": lambda: step.arrays["read_kv_head"][layer][:, None],
+        "slot": lambda: src,
+        "turn": lambda: step.arrays["turn"][dst - step.start],
+        "role": lambda: step.roles()[dst - step.start],
+    }
+    return np.broadcast_to(columns[name](), (h, len(dst))).reshape(-1)
+
+
+def _edit(step: Step, name: str) -> Array:
+    """A column of `edits` of one step; kinds and sites by name."""
+    if name == "step":
+        return np.full(len(step.edited.rows), step.number, np.int32)
+    place = list(TABLES["edits"]).index(name) - 1
+    return np.array([row[place] for row in step.edited.rows], object if name in ("kind", "site") else np.int32)
+
+
+# Ids. The functions take a trace and the numbers and names that the id's pattern finds.
+
+
+def _at(trace: Trace, layer: int, pos: int, site: str = "resid_pre") -> Array:
     if layer == trace.config.n_layers and site == "resid_pre":
         layer, site = layer - 1, "resid_post"
     step = trace._step_of(pos)
+    if site in _SQUARES:
+        return _rows(trace, step, layer, site)[:, pos - step.start, : pos + 1]
     return trace._array(step, site)[trace._layer(layer), pos - step.start]
 
 
-def _in_step(trace: Trace, number: int, layer: int, name: str) -> Array:
-    return trace._array(_numbered(trace, number), name)[trace._layer(layer)]
+def _head_at(trace: Trace, layer: int, pos: int, head: int, site: str) -> Array:
+    return _at(trace, layer, pos, site)[trace._head(head)]
 
 
-def _head_in_step(trace: Trace, number: int, layer: int, head: int, name: str) -> Array:
-    step, stored = _numbered(trace, number), {"pattern": "weight", "scores": "score"}[name]
+def _in_step(trace: Trace, number: int, layer: int, site: str) -> Array:
+    step = trace._numbered(number)
+    return _rows(trace, step, layer, site) if site in _SQUARES else trace._array(step, site)[trace._layer(layer)]
+
+
+def _head_in_step(trace: Trace, number: int, layer: int, head: int, site: str) -> Array:
+    whole = _in_step(trace, number, layer, site)
+    return whole[trace._head(head)] if site in _SQUARES else whole[:, trace._head(head)]
+
+
+def _rows(trace: Trace, step: Step, layer: int, site: str) -> Array:
+    """pattern or scores of a call, [H, T, S]."""
+    stored, empty = _SQUARES[site]
     trace._array(step, stored)
-    if not 0 <= head < trace.config.n_heads:
-        raise TraceError(f"head {head} is not in the model: heads are 0 to {trace.config.n_heads - 1}")
     dst, src = step.pairs(trace._layer(layer))
-    rows = np.full((step.n, step.start + step.n), 0.0 if name == "pattern" else -np.inf, np.float32)
-    rows[dst - step.start, src] = step.reads(stored, layer)[head]
+    rows = np.full((trace.config.n_heads, step.n, step.start + step.n), empty, np.float32)
+    rows[:, dst - step.start, src] = step.reads(stored, layer)
     return rows
 
 
-def _numbered(trace: Trace, number: int) -> Step:
-    for step in trace.steps:
-        if step.number == number:
-            return step
-    raise TraceError(f"step {number} is not in the trace: its steps are {[step.number for step in trace.steps][:20]}")
+def _last_in_step(trace: Trace, number: int, name: str) -> Array:
+    return trace._array(trace._numbered(number), name)
 
 
-def _logits_at(trace: Trace, pos: int) -> Array:
-    logits = trace.logits(pos)
-    if logits is None:
+def _last_at(trace: Trace, pos: int, name: str) -> Array:
+    step = trace._step_of(pos)
+    array = trace._array(step, name)
+    row = pos - (step.start + step.n - len(array))
+    if row < 0:
         raise TraceError(f"the call that computed position {pos} was asked for its last logits only")
-    return logits
+    return array[row]
 
 
-_SITE = "|".join(SITES)
+_SQUARES = {"pattern": ("weight", 0.0), "scores": ("score", -np.inf)}
+_SITE, _HEAD_SITE = "|".join((*SITES, "q", "k", "v", "z", *_SQUARES)), "|".join(("q", "z", *_SQUARES))
 _IDS: tuple[tuple[str, Callable[..., Array]], ...] = (
-    (r"layer(\d+)\.pos(\d+)", _state_at),
-    (rf"layer(\d+)\.pos(\d+)\.({_SITE})", _state_at),
-    (rf"step(\d+)\.layer(\d+)\.({_SITE}|k|v)", _in_step),
-    (r"step(\d+)\.layer(\d+)\.head(\d+)\.(pattern|scores)", _head_in_step),
-    (r"step(\d+)\.logits", lambda trace, number: trace._array(_numbered(trace, number), "logits")),
-    (r"pos(\d+)\.logits", _logits_at),
+    (r"layer(\d+)\.pos(\d+)", _at),
+    (rf"layer(\d+)\.pos(\d+)\.({_SITE})", _at),
+    (rf"layer(\d+)\.pos(\d+)\.head(\d+)\.({_HEAD_SITE})", _head_at),
+    (rf"step(\d+)\.layer(\d+)\.({_SITE})", _in_step),
+    (rf"step(\d+)\.layer(\d+)\.head(\d+)\.({_HEAD_SITE})", _head_in_step),
+    (r"step(\d+)\.(logits|final_scale)", _last_in_step),
+    (r"pos(\d+)\.(logits|final_scale)", _last_at),
 )
-
-
-class TraceWriter:
-    """Takes steps one by one: into a list, or each into its file, complete or absent."""
-
-    def __init__(self, path: str | Path | None, level: str) -> None:
-        self.folder, self.level = None if path is None else Path(path), level
-        self._steps: list[Step] = []
-        self._about: tuple[Config, str, str] | None = None
-        if self.folder is not None:
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise TraceError(f"{self.folder} is already there: give another name, or remove it first")
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def open(self, model: Transformer) -> None:
-        """Say which model is recorded; only a trace on the disk needs its hash."""
-        self.describe(model.config, model.fingerprint if self.folder is not None else "", model.name)
-
-    def describe(self, config: Config, model_hash: str, model_name: str) -> None:
-        self._about = (config, model_hash, model_name)
-        if self.folder is not None:
-            about = {"schema": NAME, "version": VERSION, "level": self.level, "config": asdict(config),
-                     "model_hash": model_hash, "model_name": model_name}  # fmt: skip
-            _write_whole(self.folder / "trace.json", json.dumps(about, indent=1).encode())
-
-    def add(self, number: int, start: int, parts: Mapping[str, Sequence[Array]]) -> None:
-        """Add one call; parts are the pieces, layer by layer, of each stored array."""
-        arrays = {stored.name: _whole(parts[stored.name], stored.shape) for stored in STORED if stored.name in parts}
-        if self.folder is None:
-            self._steps.append(Step(number, start, arrays))
-            return
-        about = {"format": _FORMAT, "step": str(number), "start": str(start), "crc32": str(_checksum(arrays))}
-        safetensors_file.save(self.folder / f"step-{number:06d}.safetensors", arrays, about, sync=False)
-
-    def trace(self) -> Trace:
-        if self.folder is not None:
-            return Trace.load(self.folder)
-        if self._about is None:
-            raise TraceError("nothing was recorded yet: run a forward pass with this recorder as its observer")
-        config, model_hash, model_name = self._about
-        return Trace(config, self.level, self._steps, model_hash, model_name)
-
-    def close(self) -> None:
-        """Wait until the disk has all files, and the folder's own entries."""
-        if self.folder is not None and self.folder.is_dir():
-            for path in (*self.folder.iterdir(), self.folder):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
-
-
-def _whole(parts: Sequence[Array], shape: str) -> Array:
-    if len(parts) == 1 and not shape.startswith("L"):
-        return parts[0].reshape(-1) if shape.startswith("sum") else parts[0]
-    if shape.startswith("sum"):
-        return np.concatenate([part.reshape(-1) for part in parts])
-    if shape == "L":
-        return np.concatenate(parts)
-    return np.stack(parts) if parts[0].ndim < len(shape.split()) else parts[0]
-
-
-def _checksum(arrays: Mapping[str, Array]) -> int:
-    total = 0
-    for array in arrays.values():
-        total = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data if array.size else b"", total)
-    return total
-
-
-def _read_step(file: Path, level: str) -> Step:
-    arrays, about = safetensors_file.load(file, _FORMAT)
-    for stored in STORED:
-        if holds(level, stored.level) and (stored.name not in arrays or arrays[stored.name].dtype != np.dtype(stored.dtype)):
-            raise FileFormatError(f"{file}: found no {stored.name} of type {stored.dtype}, which level {level} needs: "
-                                  "the file is damaged or from another program")  # fmt: skip
-    try:
-        return Step(int(about["step"]), int(about["start"]), arrays)
-    except (KeyError, ValueError) as error:
-        raise FileFormatError(f"{file}: its metadata lacks {error}: the file is damaged or from another program") from error
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    file = folder / "trace.json"
-    if not file.is_file():
-        raise FileFormatError(f"{folder} is no trace: it holds no trace.json. Give the folder NAME.nkv that a recording made")
-    about = safetensors_file.parse_json(file.read_bytes(), file)
-    if about.get("schema") != NAME or about.get("version") != VERSION:
-        raise FileFormatError(f"{file}: schema {about.get('schema')!r} version {about.get('version')!r}; this program reads "
-                              f"{NAME!r} version {VERSION}")  # fmt: skip
-    if about.get("level") not in LEVELS or not isinstance(about.get("config"), dict):
-        raise FileFormatError(f"{file}: no level or no config: the file is damaged")
-    return about
-
-
-def _config_of(values: dict[str, Any], folder: Path) -> Config:
-    def rope(value: dict[str, Any] | None) -> Rope | None:
-        return None if value is None else Rope(value["base"], None if value["divisors"] is None else tuple(value["divisors"]))
-
-    try:
-        ropes = {name: rope(values[name]) for name in ("rope", "rope_local")}
-        return Config(**{**values, **ropes, "sliding": tuple(values["sliding"])})
-    except (TypeError, KeyError) as error:
-        raise FileFormatError(f"{folder / 'trace.json'}: its config cannot be read ({error}): the file is damaged") from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
