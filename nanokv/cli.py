@@ -291,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--all", action="store_true", help="fold nothing: sinks, a position's own entry, the token before it")
 
     one = _command(commands, why, None, "tell the arithmetic of one number", """\
-        One number's arithmetic, operation by operation, with its actual operands, in the order of docs/arithmetic.md.""")  # fmt: skip
+        One number's arithmetic, operation by operation, with its actual operands, in the order that
+        docs/arithmetic.md states.""")  # fmt: skip
     one.add_argument("trace", type=Path, help="a folder that nanokv trace made")
     one.add_argument("id", help="the number, such as 'layer1.pos5.mlp_out[7]' or 'step0.layer1.head2.pattern[5,3]'")
     one.add_argument("--model", help="the model that was traced: its arithmetic is then told down to the weights")

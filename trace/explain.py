@@ -77,10 +77,13 @@ def show(
     step, layer, head, pos, src: only these (pos is the one that reads, src the one that is read). by: "read" tells each
     call's strongest reads, the others what each position, layer or head read. most: reads, layers, heads or positions told
     of each call; by default 20, and 5 of a call of one token. Folded, unless everything is wanted: a position's reads of
-    itself and of the token just before it, sinks, the other heads that read the same.
+    itself and of the token just before it, sinks, the other heads that read the same. Everything is told by read.
+    TraceError for what the trace does not have.
     """
     _check(trace, layer, head, pos, src, by)
-    shown = [each for each in trace.steps if step is None or each.number == step]
+    if most is not None and most < 0:
+        raise TraceError(f"most is {most}; it is how many to tell, 0 or more")
+    shown = [each for each in trace._recorded() if step is None or each.number == step]
     if not shown:
         raise TraceError(f"step {step} is not in the trace: its steps are {trace.steps[0].number} to {trace.steps[-1].number}")
     yield repr(trace)
@@ -143,6 +146,7 @@ class _Teller:
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.tokens, self.origin = trace, trace.tokens, trace.steps[0].start
+        self.edits = dict(trace.edits)
 
     def name(self, pos: int) -> str:
         return f"{self.tokens['text'][pos - self.origin]!r} ({pos})" if pos >= self.origin else f"({pos})"
@@ -155,8 +159,18 @@ class _Teller:
         turn, role, drawn = (self.tokens[name][at] for name in ("turn", "role", "sampled"))
         yield ""
         yield f"step {step.number} (turn {turn}, {role}{', sampled' if drawn else ''}) wrote {where}: {_cut(texts, 80)}"
-        if schema.holds(self.trace.level, "states"):
+        yield from self._edits(step)
+        if schema.holds(self.trace.level, "states") and len(step.arrays["logits"]):
             yield f"  predicts {self._predicted(step)}"
+
+    def _edits(self, step: Step) -> Iterator[str]:
+        """What was intervened on in a call."""
+        for i in np.flatnonzero(self.edits["step"] == step.number):
+            kind, site, layer, head, pos, src = (
+                self.edits[name][i] for name in ("kind", "site", "layer", "head", "pos", "src")
+            )
+            where = f"layer {layer}" + (f" head {head}" if head >= 0 else "") + f": {site} of {self.name(pos)}"
+            yield f"  intervened ({kind}) in {where}" + (f" reading {self.name(src)}" if src >= 0 else "")
 
     def _predicted(self, step: Step) -> str:
         logits = self.trace._array(step, "logits")[-1].astype(np.float64)
@@ -226,21 +240,24 @@ class _Teller:
             yield f"  ... {_n(step.n - most, 'more position')}; see --most, --pos"
 
     def _by_head(self, step: Step, choice: Choice, sinks: Sequence[int], by: By, most: int) -> Iterator[str]:
-        """By layer in their order; by head with those first that read most of other tokens than the sink and the last."""
-        groups: list[tuple[str, Array, list[Told]]] = []
+        """Layers in their order; of heads those first that read single other tokens the most: by the mean, over positions,
+        of the largest weight that goes to one."""
+        groups: list[tuple[float, str, Array, list[Told]]] = []
         for reads in _reads(self.trace, step, choice):
-            where = _place_of(reads, sinks)
+            where, begins = _place_of(reads, sinks), np.flatnonzero(np.diff(reads.dst, prepend=-1))
             shares = np.stack([reads.weight[:, where == i].sum(axis=1) for i in range(len(PLACES))], axis=1)  # [H', 4]
-            shares /= max(1, len(np.unique(reads.dst)))
+            shares /= max(1, len(begins))
             others = np.where(where == PLACES.index("other tokens"), reads.weight, 0)
             if by == "layer":
-                groups.append((f"layer {reads.layer} reads", shares.mean(axis=0), _top(reads, others, EACH)))
-            else:
+                groups.append((0, f"layer {reads.layer} reads", shares.mean(axis=0), _top(reads, others, EACH)))
+            elif len(begins):
+                sharp = np.maximum.reduceat(others, begins, axis=1).mean(axis=1)  # reads lie by position
                 for row, head in enumerate(reads.heads.tolist()):
                     alone = Reads(reads.layer, reads.heads[row : row + 1], reads.dst, reads.src, others[row : row + 1])
-                    groups.append((f"layer {reads.layer} head {head} reads", shares[row], _top(alone, alone.weight, 1)))
-        shown = groups if by == "layer" else sorted(groups, key=lambda group: -group[1][0])[:most]
-        for title, share, told in shown:
+                    title = f"layer {reads.layer} head {head} reads"
+                    groups.append((float(sharp[row]), title, shares[row], _top(alone, alone.weight, 1)))
+        shown = groups if by == "layer" else sorted(groups, key=lambda group: -group[0])[:most]
+        for _, title, share, told in shown:
             yield f"  {title} {_shares(share)}"
             yield from (f"    {self.sentence(step, each)}" for each in told if each.weight >= LEAST)
         if len(groups) > len(shown):
@@ -286,15 +303,15 @@ class _Pairs:
     def told(self, before: bool = False) -> list[Told]:
         """What is worth telling, strongest first: of the token just before each position, or of all others."""
         row, src = np.nonzero(self.best >= LEAST)
-        dst = row + self.step.start
-        of_it = (src == dst - 1) == before
-        row, src, dst = row[of_it], src[of_it], dst[of_it]
+        of_it = (src == row + self.step.start - 1) == before
+        row, src = row[of_it], src[of_it]
         order = np.argsort(-self.best[row, src], kind="stable")
-        return [
-            Told(*self.where[r, s].tolist(), int(d), int(s), float(self.best[r, s]),
-                 max(0, int(self.also[r, s]) - 1))
-            for r, s, d in zip(row[order], src[order], dst[order], strict=True)
-        ]  # fmt: skip
+        return [self._told(r, s) for r, s in zip(row[order].tolist(), src[order].tolist(), strict=True)]
+
+    def _told(self, row: int, src: int) -> Told:
+        layer, head = self.where[row, src].tolist()
+        also = max(0, int(self.also[row, src]) - 1)
+        return Told(layer, head, row + self.step.start, src, float(self.best[row, src]), also)
 
 
 def _top(reads: Reads, weight: Array, most: int) -> list[Told]:

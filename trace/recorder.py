@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 NEEDED = {"pattern": "weights", "scores": "vectors", "final_scale": "states"}  # the level from which a site is wanted
+HELD = 500_000  # bytes of weights that are handed on together: of a short call, those of many layers
 KEPT = {"vectors": ("q", "z"), "states": (*SITES, "final_scale")}  # the sites that a level keeps of those reported as states
 
 
@@ -59,6 +60,7 @@ class Recorder:
         self._about = resumed  # of the trace; where it is new, when the model is known
         self.level, self.topk = (level or "weights", topk) if resumed is None else (resumed.level, resumed.topk)
         self._writer: Writer = MemoryWriter() if path is None else DiskWriter(Path(path))
+        self._wanted = frozenset(site for site, needed in NEEDED.items() if holds(self.level, needed))
         self._kept = frozenset(site for name, sites in KEPT.items() if holds(self.level, name) for site in sites)
         self._before = (self._number, self._end, self._chunk)
         if not resume:
@@ -127,6 +129,8 @@ class Recorder:
         self._writes: list[tuple[int, int, Array, Array]] = []  # layer, first slot, k, v
         self._reads: list[tuple[Slots, Array | None, Array | None]] = []  # scores, and where topk keeps the slots, these
         self._big: dict[str, list[Array]] = {}
+        self._held: list[Array] = []
+        self._held_bytes = 0
         self._edits: list[tuple[int, ...]] = []
         self._deviations: dict[str, str] = {}
         self._writer.begin(self._number)
@@ -136,7 +140,7 @@ class Recorder:
         self._edits = [row for edit in edits for row in _edit_rows(edit)]
 
     def wants(self, site: str) -> bool:
-        return holds(self.level, NEEDED.get(site, "states"))
+        return site in self._wanted
 
     def write(self, layer: int, start: int, k: Array, v: Array) -> None:
         self._writes.append((layer, start, k, v))
@@ -150,7 +154,10 @@ class Recorder:
                 src, places = largest(weights, slots, self.topk)
                 weights = np.take_along_axis(weights, places, axis=1)
                 scores = None if scores is None else np.take_along_axis(scores, places, axis=1)
-            self._writer.weights(weights)
+            self._held.append(weights)
+            self._held_bytes += weights.nbytes
+            if self._held_bytes > HELD:
+                self._hand_on()
         self._reads.append((slots, scores, src))
 
     def state(self, site: str, layer: int, start: int, x: Array) -> None:
@@ -168,6 +175,7 @@ class Recorder:
             self._big["logits"] = [self._float("logits", -1, logits)]
         if holds(self.level, "weights") and self.topk is not None:
             self._big["weight_src"] = [src for _, _, src in self._reads if src is not None]
+        self._hand_on()
         self._writer.finish(self._number, self._start, self._small(k, v), self._big, self._deviations)
         self._end = self._length + len(self._tokens)
         self._chunk += 1
@@ -178,9 +186,15 @@ class Recorder:
         self._writer.abandon(self._number)
         self._number, self._end, self._chunk = self._before
         self._audited = min(self._audited, self._number)
-        self._writes, self._reads, self._big = [], [], {}
+        self._writes, self._reads, self._held, self._big = [], [], [], {}
 
     # Details
+
+    def _hand_on(self) -> None:
+        """The weights of the layers so far; they are not kept, so that their memory serves the next ones."""
+        if self._held:
+            self._writer.weights(self._held)
+            self._held, self._held_bytes = [], 0
 
     def _describe(self, model: Transformer) -> None:
         on_disk = isinstance(self._writer, DiskWriter)
@@ -239,16 +253,16 @@ class Recorder:
             "token_id": self._tokens,
             "text": np.frombuffer(b"".join(texts), np.uint8),
             "text_end": np.cumsum([len(text) for text in texts], dtype=np.int32),
-            "turn": np.full(n, self._turn, np.int32),
-            "role": np.full(n, self._role, np.uint8),
-            "chunk": np.full(n, self._chunk, np.int32),
-            "sampled": np.full(n, self._sampled, np.uint8),
+            "turn": np.array([self._turn] * n, np.int32),
+            "role": np.array([self._role] * n, np.uint8),
+            "chunk": np.array([self._chunk] * n, np.int32),
+            "sampled": np.array([self._sampled] * n, np.uint8),
             "write_slot": np.array([write[1] for write in self._writes], np.int32),
             "k_hash": hashes[:L], "v_hash": hashes[L:], "k_norm": norms[:L], "v_norm": norms[L:],
             "read_layer": np.array([each.layer for each in slots], np.int32),
-            "read_kv_head": np.concatenate([each.kv_head for each in slots]).reshape(L, -1),
-            "read_first": np.concatenate([each.first for each in slots]).reshape(L, n),
-            "read_stop": np.concatenate([each.stop for each in slots]).reshape(L, n),
+            "read_kv_head": _stacked([each.kv_head for each in slots]),
+            "read_first": _stacked([each.first for each in slots]),
+            "read_stop": _stacked([each.stop for each in slots]),
         }  # fmt: skip
         if self._edits:
             names = ("edit_kind", "edit_site", "edit_layer", "edit_head", "edit_pos", "edit_src")
@@ -270,6 +284,12 @@ class Recorder:
     def _text(self, token: int) -> str:
         tokenizer = self._model.tokenizer if self._model is not None else None
         return str(token) if tokenizer is None else tokenizer.piece(token)
+
+
+def _stacked(rows: list[Array]) -> Array:
+    """[L, n]; mostly all layers say the same."""
+    same = all(row is rows[0] for row in rows)
+    return np.repeat(rows[0][None], len(rows), axis=0) if same else np.stack(rows)
 
 
 def rebuilt_cache(trace: Trace, model: Transformer) -> KVCache:
