@@ -1,0 +1,51 @@
+"""What a case is while it is being made: its inputs as arrays, and no expected values yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+SINCE = "1.0.0"
+OPERATIONS = [2e-6, 1e-5]  # atol, rtol of one operation: sums over fewer than a hundred numbers of size one
+RUNS = [2e-5, 2e-5]  # of whole blocks and runs of the small models: ten times the largest error that was measured
+
+
+def case(
+    id_: str,
+    op: str,
+    inputs: Mapping[str, Any],
+    comment: str = "",
+    *,
+    tol: Sequence[float] = OPERATIONS,
+    want: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """A case without its expected values. Its rules are those of SPEC.md that name it.
+
+    want: the outputs to ask for, where a request must name them. optional: those that a port may leave out.
+    more: error, profiles, inexact (outputs that are compared within the tolerance in either profile).
+    """
+    made: dict[str, Any] = {"id": id_, "since": SINCE, "rules": [], "comment": comment, "op": op}
+    made |= {"inputs": {name: as_input(value) for name, value in inputs.items()}, "tol": list(tol)}
+    made |= {"want": list(want), "optional": list(optional), **more}
+    return made
+
+
+def as_input(value: Any) -> Any:
+    """Arrays as {"shape", "f32"}; anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return {"shape": list(value.shape), "f32": decimals(value)}
+    return value
+
+
+def decimals(array: np.ndarray) -> list[Any]:
+    """Numbers of nine significant digits, enough to give any float32 back; what JSON lacks, as text."""
+    return [float(f"{x:.9g}") if np.isfinite(x) else str(float(x)) for x in array.reshape(-1).tolist()]
+
+
+def hexadecimal(array: np.ndarray) -> str:
+    """The bits of float32 numbers, eight digits each, with spaces between them."""
+    return " ".join(f"{word:08x}" for word in np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint32).tolist())
