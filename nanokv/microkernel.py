@@ -20,7 +20,8 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -527,8 +528,8 @@ def kernel(signature: str, parallel: bool = False) -> Callable[[Callable[..., An
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(FOLDER)
         try:
-            _announce(function)
-            return numba.njit(signature, cache=True, parallel=parallel, nogil=True, error_model="numpy")(function)
+            with _announced(function):
+                return numba.njit(signature, cache=True, parallel=parallel, nogil=True, error_model="numpy")(function)
         finally:
             numba.config.CACHE_DIR = before
 
@@ -542,10 +543,18 @@ def specialised(function: Callable[..., Any], name: str, **names: Any) -> Callab
     return bound
 
 
-def _announce(function: Callable[..., Any]) -> None:
+@contextmanager
+def _announced(function: Callable[..., Any]) -> Iterator[None]:
     """On a terminal, say what takes so long: a kernel that is not kept yet."""
-    if sys.stderr.isatty() and not any(FOLDER.glob(f"**/*.{function.__name__}-{function.__code__.co_firstlineno}.*.nbi")):
-        print(f"\rnanokv: compiling for this machine, once: {function.__name__.strip('_'):<24}", end="\r", file=sys.stderr)
+    name, line = function.__name__, function.__code__.co_firstlineno
+    shown = sys.stderr.isatty() and not any(FOLDER.glob(f"**/*.{name}-{line}.*.nbi"))
+    if shown:
+        print(f"nanokv: compiling for this machine, once: {name.strip('_')}", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def start_threads() -> int:
