@@ -428,13 +428,34 @@ def rms_scale(x: Array, eps: float) -> Array:  # [T, K] -> [T]
     return y
 
 
+@numba.njit(**OPTIONS)
+def _centre(x, i, y):
+    n = x.shape[1]
+    mean = row_sum(x, i * n, 0, n) / F(n)
+    for j in range(n):
+        y[i, j] = x[i, j] - mean
+
+
+@kernel(f"void({F2},f4,{F1})")
+def _layer_scale(x, eps, y):
+    centred = np.empty_like(x)
+    for i in range(len(x)):
+        _centre(x, i, centred)
+        y[i] = _scale(centred, i * x.shape[1], x.shape[1], eps)
+
+
+def layer_scale(x: Array, eps: float) -> Array:  # [T, K] -> [T]
+    """r of layer_norm."""
+    y = np.empty(len(x), F)
+    _layer_scale(x, eps, y)
+    return y
+
+
 @kernel(f"void({F2},{F1},{F1},f4,{F2})")
 def _layer_norm(x, w, b, eps, y):
     t, n = x.shape
     for i in range(t):
-        mean = row_sum(x, i * n, 0, n) / F(n)
-        for j in range(n):
-            y[i, j] = x[i, j] - mean
+        _centre(x, i, y)
         r = _scale(y, i * n, n, eps)
         for j in range(n):
             y[i, j] = y[i, j] * r * w[j] + b[j]

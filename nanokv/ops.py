@@ -53,6 +53,11 @@ def rms_scale(x: Array, eps: float) -> Array:  # [..., K] -> [...]
     return 1 / np.sqrt(np.mean(x * x, axis=-1) + x.dtype.type(eps))
 
 
+def layer_scale(x: Array, eps: float) -> Array:  # [..., K] -> [...]
+    """1 / sqrt(var + eps): what layer_norm multiplies a centred row by."""
+    return rms_scale(x - np.mean(x, axis=-1, keepdims=True), eps)
+
+
 def layer_norm(x: Array, w: Array, b: Array, eps: float) -> Array:  # [..., K], [K], [K] -> [..., K]
     """(x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016). Mixes the features of a position, by two numbers a row."""
     centred = x - np.mean(x, axis=-1, keepdims=True)  # [..., K]

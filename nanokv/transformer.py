@@ -197,9 +197,10 @@ class Transformer:
         return {rope: self.ops.rope_table(rope, self.config.head_dim, start, n, self.dtype) for rope in ropes}
 
     def _scale(self, x: Array) -> Array:
-        if self.config.norm == "layer":
-            x = x - np.mean(x, axis=-1, keepdims=True)
-        return np.ones(len(x), x.dtype) if self.config.norm == "none" else self.ops.rms_scale(x, self.config.norm_eps)
+        if self.config.norm == "none":
+            return np.ones(len(x), x.dtype)
+        scale = self.ops.layer_scale if self.config.norm == "layer" else self.ops.rms_scale
+        return scale(x, self.config.norm_eps)
 
 
 def attention_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array, call: Call) -> Array:

@@ -13,6 +13,14 @@ from shapes import Watcher, uncompared
 
 from nanokv import cache, feedback, ops, transformer
 from nanokv.feedback import FeedbackTransformer
+from nanokv.transformer import Unobserved
+
+
+class Everything(Unobserved):
+    """An observer that wants what there is."""
+
+    def wants(self, site: str) -> bool:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +34,7 @@ def watchers() -> list[Watcher]:
         watcher = Watcher((ops, transformer, cache), legend)
         filled = small.new_cache()
         small.forward(np.arange(past), filled)
-        watcher.run(partial(small.forward, np.arange(new), filled, last_logits_only=new == 1))
+        watcher.run(partial(small.forward, np.arange(new), filled, observer=Everything(), last_logits_only=new == 1))
         watched.append(watcher)
         fed, watcher = FeedbackTransformer.of(small), Watcher((feedback,), legend)
         filled = fed.new_cache()
