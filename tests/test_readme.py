@@ -16,10 +16,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-ORDER = """config cache ops transformer
-    edits feedback generate handmade weights errors
-    load families gguf_file safetensors_file tokenizer
-    panels microkernel kernels threads cli"""
+ORDER = {
+    "nanokv": """config cache ops transformer
+        edits feedback generate handmade weights errors
+        load families gguf_file safetensors_file tokenizer chat
+        panels microkernel kernels threads cli""",
+    "trace": """schema steps recorder hashes writer files store ids
+        laws laws_of_memory laws_of_numbers
+        explain why telling tellers recompute arithmetic diff dump
+        measures edges flow scene layout captions labels draw
+        export names assemble huggingface""",
+}
 
 
 def run(block: str, folder: Path) -> str:
@@ -57,8 +64,7 @@ def code_lines(path: Path) -> int:
 def reading_order() -> str:
     """The table of pages with their first sentence and lines of code."""
     rows = ["| page | lines of code | |", "|---|---|---|"]
-    pages = [("nanokv", name) for name in ORDER.split()]
-    pages += [("trace", name) for name in ["schema", "recorder", "store", "explain", "measures", "flow", "draw"]]
+    pages = [(folder, name) for folder, names in ORDER.items() for name in names.split()]
     for folder, name in pages:
         path = ROOT / folder / f"{name}.py"
         summary = re.split(r"(?<=[.;]) |\.?\n", ast.get_docstring(ast.parse(path.read_text())) or "")[0].rstrip(".:;")
@@ -89,6 +95,12 @@ def test_the_debugger_stops_where_the_readme_says(tmp_path: Path) -> None:
     done = subprocess.run(command, input=typed, cwd=tmp_path, env=environment, capture_output=True, text=True)
     expected = README.read_text().partition("p k.shape, slots.first, slots.stop\n")[2].partition("\n")[0]
     assert expected in done.stdout
+
+
+def test_every_page_has_its_place_in_the_reading_order() -> None:
+    for folder, names in ORDER.items():
+        there = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__", "trace"}
+        assert sorted(names.split()) == sorted(there)
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
