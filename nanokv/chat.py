@@ -207,9 +207,14 @@ def _sandbox() -> Any:
                 raise ValueError(f"{operator!r} of these is not allowed")
             return super().call_binop(context, operator, left, right)
 
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            return self.unsafe_undefined(obj, attribute) if _pads(obj, attribute) else super().getattr(obj, attribute)
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            return self.unsafe_undefined(obj, argument) if _pads(obj, argument) else super().getitem(obj, argument)
+
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            pads = isinstance(obj, str) and attr in ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map")
-            return not pads and super().is_safe_attribute(obj, attr, value)
+            return not _pads(obj, attr) and super().is_safe_attribute(obj, attr, value)
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     for name in ("center", "format", "indent"):
@@ -218,6 +223,11 @@ def _sandbox() -> Any:
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox
+
+
+def _pads(obj: Any, name: Any) -> bool:
+    """Whether it is a method that makes a string as long as it is told to."""
+    return isinstance(obj, str) and name in ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map")
 
 
 def _to_json(x: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:

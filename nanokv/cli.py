@@ -50,17 +50,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Record a forward pass over the prompt and draw what led to its prediction."""
-    from nanokv.trace import Recorder, draw
+    """Record a forward pass over the prompt and draw what led to its prediction, or what lies in the cache."""
+    from nanokv.trace import Recorder, cachemap, draw
+    from nanokv.trace.look import look
 
     draw.check_format(options.output)  # before the work, not after it
+    names = ("title", "caption", "theme", "width", "font")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    look(chosen)
     model = _model(options)
     recorder = Recorder(level="states")
     _run(model, options, recorder)
-    flow = recorder.trace.flow(model, measure=options.measure, at=options.at, heads=options.heads).prune(
-        options.share, top_k=options.most
-    )
-    print(f"{flow.render(options.output)}: {flow!r}")
+    if options.kind == "cache":
+        print(f"{cachemap.render(recorder.trace, options.output, **chosen)}: the cache of {recorder.trace!r}")
+        return
+    flow = _flow(model, options, recorder.trace)
+    if options.kind == "graph":
+        flow = flow.prune(options.share, top_k=options.most)
+    if options.verify:
+        flow = flow.verify(model, options.how)
+    if options.words:
+        flow = flow.lens(recorder.trace, model)
+    print(f"{flow.render(options.output, kind=options.kind, **chosen)}: {flow!r}")
+    if flow.proof is not None:
+        print(flow.proof)
+
+
+def cut(options: argparse.Namespace) -> None:
+    """Cut attention edges and print what is predicted before and after: those given, or the strongest for the prediction."""
+    from nanokv.trace import Recorder, cutting
+
+    model = _model(options)
+    tokens = _tokens(model, options.prompt)
+    if options.edge:
+        edges = [cutting.parsed(text) for text in options.edge]
+    else:
+        recorder = Recorder(level="states")
+        model.forward(tokens, observer=recorder)
+        edges = cutting.strongest(_flow(model, options, recorder.trace), options.strongest)
+    end = options.at % len(tokens) + 1 if -len(tokens) <= options.at < len(tokens) else len(tokens)
+    for line in cutting.report(model, tokens[:end], edges, options.how):
+        print(line)
+
+
+def _flow(model: Any, options: argparse.Namespace, recorded: Any) -> Any:
+    """The flow that the options ask for."""
+    against: Any = "runner-up" if options.against is None else options.against
+    return recorded.flow(model, measure=options.measure, at=options.at, heads=options.heads, token=options.token,
+                         against=None if options.alone else against)  # fmt: skip
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -251,14 +288,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     one = _command(commands, draw, _options_of_a_run(0), "draw what led to a prediction", """\
-        Which earlier tokens, through which layers, led to the prediction at the prompt's end (or at --at).""")  # fmt: skip
+        Which earlier tokens, through which layers, led to the prediction at the prompt's end (or at --at), and are the edges
+        drawn the ones that count (--verify).""")  # fmt: skip
     one.add_argument("-o", "--output", required=True, type=Path, help="the picture: NAME.svg, .png, .pdf or .dot")
-    one.add_argument("--measure", default="norm", help="what an edge's weight is: norm (how much a read moved, the default) "
-                     "or attention (how much was looked)")  # fmt: skip
+    _options_of_a_flow(one)
+    one.add_argument("--kind", choices=("graph", "heat", "pyramid", "cache"), default="graph", help="the graph (default); who "
+                     "took how much from whom; what could reach what; or what lies in the cache")  # fmt: skip
     one.add_argument("--share", type=float, default=0.9, help="keep the fewest edges that hold this share of the influence")
-    one.add_argument("--most", type=int, default=60, help="draw at most so many attention edges (default: 60)")
-    one.add_argument("--at", type=int, default=-1, help="the position whose prediction is explained (default: the last)")
-    one.add_argument("--heads", choices=("apart", "merged"), default="apart", help="an edge for each head, or one for all")
+    one.add_argument("--most", type=int, default=30, help="draw at most so many attention edges (default: 30)")
+    one.add_argument("--verify", action="store_true", help="cut the edges drawn, and others like them, and say on the "
+                     "picture what that did")  # fmt: skip
+    one.add_argument("--how", choices=("value-zero", "knockout"), default="value-zero", help="with --verify: take away "
+                     "what the edges bring (default), or let them not be read, so that the others share it")  # fmt: skip
+    one.add_argument("--words", action="store_true", help="beside each state the word that it would predict (the logit lens)")
+    one.add_argument("--title", help='instead of the question that the picture answers ("": none)')
+    one.add_argument("--caption", help="a sentence below it")
+    one.add_argument("--theme", choices=("light", "dark"), help="its colours (default: light)")
+    one.add_argument("--width", type=float, metavar="MM", help="its width in millimetres (default: as wide as it needs)")
+    one.add_argument("--font", help="the font of its text (default: Helvetica)")
+
+    one = _command(commands, cut, _options_of_a_run(0), "cut attention edges and see what follows", """\
+        What is predicted before and after some attention edges are cut: those given, or the strongest for the
+        prediction.""")  # fmt: skip
+    _options_of_a_flow(one)
+    one.add_argument("--edge", action="append", metavar="LAYER:HEAD:DST:SRC", help="an edge to cut, such as 23:3:13:9; * for "
+                     "the head is all of them. May be given often")  # fmt: skip
+    one.add_argument("--strongest", type=int, default=10, metavar="N", help="without --edge: cut the N strongest edges between "
+                     "positions for the prediction (default: 10)")  # fmt: skip
+    one.add_argument("--how", choices=("value-zero", "knockout"), default="value-zero", help="take away what they bring "
+                     "(default), or let them not be read, so that the others share their weight")  # fmt: skip
 
     one = _command(commands, generate, _options_of_a_run(50), "write on from a prompt", "Write on, token by token.")
     one.add_argument("--echo", action="store_true", help="print the prompt, too")
@@ -315,6 +373,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, models, None, "list the models known by name", "List the models that --model knows by name.")
     return parser
+
+
+def _options_of_a_flow(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--measure", help="what an edge's weight is: target (what it did for the prediction, all else held; the "
+                     "default), norm, proximity, attention, rollout, value-zero or knockout (docs/measures.md)")  # fmt: skip
+    one.add_argument("--token", help="the predicted token to explain (default: the likeliest)")
+    one.add_argument("--against", help="the token whose logit is taken from its own (default: the likeliest other one)")
+    one.add_argument("--alone", action="store_true", help="take its logit alone, against no other")
+    one.add_argument("--at", type=int, default=-1, help="the position whose prediction is explained (default: the last)")
+    one.add_argument("--heads", choices=("apart", "merged", "summed"), default="apart", help="an edge for each head (default), "
+                     "or one for all: by what they bring together, or by the sum of their weights")  # fmt: skip
 
 
 def _options_of_a_run(max_new_tokens: int | None, prompt_needed: bool = True) -> argparse.ArgumentParser:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from nanokv.config import Config
-from nanokv.trace.flow import Flow, flow
+from nanokv.trace.flow import Flow
+from nanokv.trace.making import flow
 
 
 class Given:

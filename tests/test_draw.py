@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from nanokv.errors import DrawError
 from nanokv.trace import Flow, draw, labels
-from nanokv.trace.flow import flow
-from nanokv.trace.layout import MANY, arrange
+from nanokv.trace.grid import MANY
+from nanokv.trace.layout import arrange
+from nanokv.trace.look import Look
+from nanokv.trace.making import flow
 from nanokv.trace.scene import FOR, Scene
 
 GOLDEN = Path(__file__).parent / "data" / "flow.dot"
@@ -145,7 +147,7 @@ def test_long_predictions_and_titles_have_room() -> None:
     trace = Given(random_patterns(0, 2, 1, 2), ["a", "W" * 60], level="states", logits=np.eye(50)[1])
     made = flow(trace, measure="attention")
     for title in (None, "A long title that says what this picture is about, at some length"):
-        scene = arrange(made, title=title)
+        scene = arrange(made, Look(title=title))
         assert overlapping(scene) == []
         assert inside(scene)
 
@@ -170,13 +172,13 @@ def test_short_texts_are_not_folded() -> None:
 
 def test_heads_that_join_the_same_states_are_drawn_beside_each_other() -> None:
     scene = arrange(random_flow(0, 1, 3, 2))
-    paths = [stroke.points for stroke in scene.strokes if stroke.head]
+    paths = [stroke.points for stroke in scene.strokes if stroke.head and stroke.ends]
     assert len(paths) == 3 and len(set(paths)) == 3
 
 
 def test_a_heavier_edge_is_wider_and_darker_and_drawn_later() -> None:
     made = random_flow(0, 2, 2, 6)
-    curves = [stroke for stroke in arrange(made).strokes if stroke.head]
+    curves = [stroke for stroke in arrange(made).strokes if stroke.head and stroke.ends]
     pens, alphas = [curve.pen for curve in curves], [curve.alpha for curve in curves]
     assert pens == sorted(pens) and alphas == sorted(alphas) and pens[0] < pens[-1]
     assert {curve.color for curve in curves} == {FOR}
@@ -185,8 +187,8 @@ def test_a_heavier_edge_is_wider_and_darker_and_drawn_later() -> None:
 def test_the_picture_names_measure_prediction_share_and_what_was_dropped() -> None:
     kept = random_flow(0, 3, 2, 6).prune(0.5)
     words = " ".join(line for text in arrange(kept).texts for line in text.lines)
-    facts = ["Measure attention", f"{int(kept.crossing.sum())} of {kept.made.crossing} attention edges", f"{kept.share:.0%}"]
-    facts += ["What led to", "p = ", f"Dropped: {kept.dropped.crossing} attention edges", "each head: attention weight"]
+    facts = ["Measure attention", f"{int(kept.crossing.sum())} of {kept.made.attention} attention edges", f"{kept.share:.0%}"]
+    facts += ["What led to", "p = ", f"Not drawn: {kept.dropped.crossing} attention edges", "each head: attention weight"]
     for fact in facts:
         assert fact in words
 
@@ -204,7 +206,7 @@ def test_very_many_edges_are_drawn_without_heads_and_labels() -> None:
     made = random_flow(0, 4, 4, 24)
     assert made.crossing.sum() > MANY
     scene = arrange(made)
-    assert not any(stroke.head for stroke in scene.strokes)
+    assert not any(stroke.head for stroke in scene.strokes if stroke.ends)
     assert len([stroke for stroke in scene.strokes if stroke.color == FOR]) >= made.crossing.sum()
 
 
@@ -248,9 +250,10 @@ def test_without_a_program_the_error_says_how_to_get_one(tmp_path: Path, monkeyp
     assert small_flow().render(tmp_path / "flow.dot").read_bytes() == GOLDEN.read_bytes()
 
 
-def test_graphviz_pure_is_not_asked_for_a_pdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pdf_without_the_extra_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "find_spec", lambda name: None)
     monkeypatch.setattr(draw, "find_program", lambda: draw.Program("graphviz-pure", True))
-    with pytest.raises(DrawError, match=r"writes no PDF: install the system's graphviz .* or draw a \.svg"):
+    with pytest.raises(DrawError, match=r"pip install 'nanokv\[pdf\]'; or draw a \.svg"):
         small_flow().render(tmp_path / "flow.pdf")
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from nanokv import handmade
 from nanokv.errors import TraceError
-from nanokv.trace import Flow, Recorder, draw
-from nanokv.trace import flow as flow_module
-from nanokv.trace.flow import EDGE, Count, Kind, Sink, flow
+from nanokv.trace import Flow, Recorder, draw, making
+from nanokv.trace.flow import EDGE, Count, Kind, Sink
+from nanokv.trace.making import flow
 
 State = tuple[int, int]  # row, position
 SMALL = st.builds(
@@ -75,7 +75,7 @@ def test_the_edges_are_a_table_of_kinds_layers_heads_and_positions() -> None:
     counts = {kind: int((made.edges["kind"] == kind).sum()) for kind in Kind}
     pairs = 4 * 3 // 2
     assert counts == {Kind.ATTENTION: 2 * 3 * pairs, Kind.SELF: 2 * 3 * 4, Kind.RESIDUAL: 2 * 4, Kind.MLP: 0, Kind.SAMPLED: 1}
-    assert made.made == Count(crossing=2 * 3 * pairs, sinks=0, others=2 * 3 * 4 + 2 * 4 + 1)
+    assert made.made == Count(crossing=2 * 3 * pairs, sinks=0, selves=2 * 3 * 4, others=2 * 4 + 1)
     assert (made.edges["src"] <= made.edges["dst"]).all()
 
 
@@ -178,7 +178,7 @@ def test_the_numbers_say_what_was_dropped() -> None:
     kept = made.prune(0.6)
     assert kept.made == made.made
     assert kept.dropped.crossing + int(kept.crossing.sum()) == made.made.crossing
-    assert kept.dropped.others + int((~kept.crossing).sum()) == made.made.others
+    assert kept.dropped.others + kept.dropped.selves + int((~kept.crossing).sum()) == made.made.others + made.made.selves
     assert made.dropped == Count() and made.share == pytest.approx(1)
 
 
@@ -324,11 +324,15 @@ def test_what_the_trace_does_not_hold_is_an_error_that_says_so() -> None:
             flow(trace, measure="attention", **asked)  # type: ignore[arg-type]
 
 
-def test_a_flow_too_large_for_memory_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow_module, "MOST_EDGES", 30)
-    with pytest.raises(TraceError, match=r"40 edges, more than 30: .*at=.* or merge the heads"):
-        random_flow(0, 2, 2, 4)
-    assert len(random_flow(0, 2, 2, 4, heads="merged").edges)
+def test_of_more_edges_than_it_may_keep_a_flow_keeps_the_strongest_and_counts_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = random_flow(0, 3, 2, 6)
+    monkeypatch.setattr(making, "MOST_EDGES", 30)
+    made = random_flow(0, 3, 2, 6)
+    attention = (made.edges["kind"] == Kind.ATTENTION) | (made.edges["kind"] == Kind.SELF)
+    assert attention.sum() == 30 and made.made == whole.made and made.dropped.crossing + made.dropped.selves == 126 - 30
+    there = (whole.edges["kind"] == Kind.ATTENTION) | (whole.edges["kind"] == Kind.SELF)
+    np.testing.assert_allclose(np.sort(made.influence[attention]), np.sort(whole.influence[there])[-30:])
+    assert made.share < 1 and made.share == pytest.approx(made.influence[made.crossing].sum() / whole.total)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -340,7 +344,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 def test_the_table_names_the_strongest_edges_in_words() -> None:
     lines = random_flow(0, 2, 2, 4, sampled=(3,)).table(5).splitlines()
-    assert "50 attention edges" not in lines[0] and "24 of 24 attention edges" in lines[0]
+    assert "50 attention edges" not in lines[0] and "24 of 40 attention edges" in lines[0]
     assert len(lines) == 2 + 5 and any("layer 1 head" in line and "->" in line for line in lines)
     shown = [float(line.split("%")[0]) for line in lines[2:]]
     assert shown == sorted(shown, reverse=True)
@@ -349,5 +353,4 @@ def test_the_table_names_the_strongest_edges_in_words() -> None:
 def test_a_notebook_shows_the_picture_or_else_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_flow()
     monkeypatch.setattr(draw, "find_program", lambda: None)
-    assert made._repr_svg_() is None
     assert made._repr_mimebundle_() == {"text/plain": made.table()}

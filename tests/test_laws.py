@@ -191,7 +191,7 @@ def test_bug_18_a_window_that_is_one_too_small() -> None:
 
     gemma = CONFIGS["gemma3"]  # layers 0, 1 and 3 slide, over 5 positions
     found = broken(run(model(gemma), Narrow(gemma), "weights", parts=(5, 1)))
-    assert found == {"mask": tuple(f"layer{l}.pos4.pattern" for l in (0, 1, 3)) + tuple(f"layer{l}.pos5.pattern" for l in (0, 1, 3))}
+    assert found == {"mask": tuple(f"layer{l}.pos{p}.pattern" for p in (4, 5) for l in (0, 1, 3))}
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -273,11 +273,14 @@ EDITED: dict[str, tuple[int, str, Callable[[np.ndarray], None], dict[str, tuple[
         "heads": ("step1.layer2.head5.pattern",), "scores": ("layer2.pos4.head5.scores",) * 5,
         "mixture": ("layer2.pos4.head5.z",)}),
     "a weight too large": (1, "weight", at(7, plus=0.01), {
-        "weights": ("layer0.pos4.head1.pattern",), "softmax": ("layer0.pos4.head1.pattern",), "mixture": ("layer0.pos4.head1.z",)}),
+        "weights": ("layer0.pos4.head1.pattern",), "softmax": ("layer0.pos4.head1.pattern",),
+        "mixture": ("layer0.pos4.head1.z",)}),
     "a negative weight": (1, "weight", at(5, to=-0.5), {
-        "weights": ("layer0.pos4.head1.pattern",), "softmax": ("layer0.pos4.head1.pattern",), "mixture": ("layer0.pos4.head1.z",)}),
+        "weights": ("layer0.pos4.head1.pattern",), "softmax": ("layer0.pos4.head1.pattern",),
+        "mixture": ("layer0.pos4.head1.z",)}),
     "a weight that is no number": (1, "weight", at(5, to=np.nan), {"weights": ("layer0.pos4.head1.pattern",)}),
-    "a score": (1, "score", at(0, plus=1), {"scores": ("layer0.pos4.head0.scores",), "softmax": ("layer0.pos4.head0.pattern",)}),
+    "a score": (1, "score", at(0, plus=1), {
+        "scores": ("layer0.pos4.head0.scores",), "softmax": ("layer0.pos4.head0.pattern",)}),
     "a query": (1, "q", at(1, 0, 2, plus=1), {"scores": ("layer1.pos4.head2.scores",) * 5}),
     "a value of what a head found": (3, "z", at(0, 1, 4, 2, plus=0.1), {"mixture": ("layer0.pos7.head4.z",)}),
     "a bit of a value": (3, "v", one_bit(2, 0, 1, 0), {"hashes": ("layer2.pos6.v",)}),

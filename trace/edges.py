@@ -1,4 +1,4 @@
-"""The edges of a flow as a table, and the arithmetic of influence on it.
+"""The edges of a flow as a table: how it is made, and which of them lie on strong ways to the prediction.
 
 Layer l's edges lead from row l of states to row l + 1. A sampled edge leads from the last row of one position to row 0
 of the next; it has layer -1, so that for every edge `layer` is the row it comes from (-1: the last) and `layer + 1` the
@@ -7,14 +7,17 @@ row it leads to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from nanokv.config import Config
 from nanokv.errors import TraceError
-from nanokv.trace.measures import LayerWeights
+from nanokv.trace.parts import LayerWeights
+from nanokv.trace.spread import Influence
 
 
 class Kind(IntEnum):
@@ -37,26 +40,115 @@ EDGE = np.dtype([
 ])  # fmt: skip
 
 
-def layer_edges(weights: LayerWeights, merged: bool) -> np.ndarray:
-    """One layer's edges: residual, MLP, then attention by head, dst and src. What is of weight 0 makes
-    no edge, but the stream goes on even where it is 0."""
+def layer_edges(weights: LayerWeights, influence: Influence, floor: float, merged: bool) -> tuple[np.ndarray, np.ndarray]:
+    """One layer's edges and their influence: residual, MLP, then attention by head, dst and src.
+
+    What is of weight 0 makes no edge, but the stream goes on even where it is 0. Nor do attention edges make one whose
+    influence is not above the floor (-1: all do).
+    """
+    positions = np.arange(len(weights.residual))
+    parts = [_table(Kind.RESIDUAL, weights.layer, -1, positions, positions, weights.residual)]
+    passes = [influence.residual]
+    if weights.mlp is not None and influence.mlp is not None:
+        adds = np.flatnonzero(weights.mlp)
+        parts.append(_table(Kind.MLP, weights.layer, -1, adds, adds, weights.mlp[adds]))
+        passes.append(influence.mlp[adds])
+    head, dst, src = np.nonzero(weights.attention if floor < 0 else influence.attention > floor)
+    kinds = np.where(dst == src, Kind.SELF, Kind.ATTENTION)
+    parts.append(_table(kinds, weights.layer, -1 if merged else head, dst, src, weights.attention[head, dst, src]))
+    passes.append(influence.attention[head, dst, src])
+    return np.concatenate(parts), np.concatenate(passes)
+
+
+def check_finite(weights: LayerWeights) -> None:
+    """TraceError unless all weights are numbers."""
     given = [w for w in (weights.attention, weights.residual, weights.mlp) if w is not None]
     if not all(np.isfinite(w).all() for w in given):
         raise TraceError(f"the edge weights of layer {weights.layer} are not all finite, so no flow can be made of this trace")
-    head, dst, src = np.nonzero(weights.attention)
-    positions = np.arange(len(weights.residual))
-    parts = [_table(Kind.RESIDUAL, weights.layer, -1, positions, positions, weights.residual)]
-    if weights.mlp is not None:
-        adds = np.flatnonzero(weights.mlp)
-        parts.append(_table(Kind.MLP, weights.layer, -1, adds, adds, weights.mlp[adds]))
-    kinds = np.where(dst == src, Kind.SELF, Kind.ATTENTION)
-    parts.append(_table(kinds, weights.layer, -1 if merged else head, dst, src, weights.attention[head, dst, src]))
-    return np.concatenate(parts)
 
 
-def sampled_edges(positions: np.ndarray) -> np.ndarray:
-    """The edges into positions whose token was drawn from the prediction before: the only ones there, of weight 1."""
-    return _table(Kind.SAMPLED, -1, -1, positions, positions - 1, 1.0)
+@dataclass(frozen=True)
+class Count:
+    """Numbers of edges."""
+
+    crossing: int = 0  # attention from one position to another, sinks aside
+    sinks: int = 0  # attention from sinks to other positions
+    selves: int = 0  # attention of positions to themselves
+    others: int = 0  # residual, MLP, sampled
+
+    @property
+    def attention(self) -> int:
+        """All attention edges."""
+        return self.crossing + self.sinks + self.selves
+
+
+def count(edges: np.ndarray, sinks: Sequence[int]) -> Count:
+    """How many edges there are of each sort."""
+    attention, selves = edges["kind"] == Kind.ATTENTION, int((edges["kind"] == Kind.SELF).sum())
+    from_sinks = int((attention & np.isin(edges["src"], list(sinks))).sum())
+    crossing = int(attention.sum()) - from_sinks
+    return Count(crossing, from_sinks, selves, len(edges) - crossing - from_sinks - selves)
+
+
+def count_all(config: Config, n: int, sinks: Sequence[int], merged: bool, mlp: bool, sampled: int) -> Count:
+    """How many edges there are among the first n positions, whatever they weigh: an attention edge for each read."""
+    dst, per_layer, total = np.arange(n), 1 if merged else config.n_heads, Count()
+    for layer in range(config.n_layers):
+        first = np.maximum(dst + 1 - (config.window_of(layer) or n), 0)
+        reads = int((dst - first).sum())
+        from_sinks = sum(int(((first <= pos) & (pos < dst)).sum()) for pos in sinks)
+        others = n * (2 if mlp else 1)
+        there = Count(per_layer * (reads - from_sinks), per_layer * from_sinks, per_layer * n, others)
+        total = Count(*(getattr(total, f.name) + getattr(there, f.name) for f in fields(Count)))
+    return replace(total, others=total.others + sampled)
+
+
+class Pool:
+    """Takes a flow's edges layer by layer, the last first; of more attention edges than `most`, it keeps the strongest."""
+
+    def __init__(self, sinks: Sequence[int], merged: bool, most: int) -> None:
+        self.sinks, self.merged, self.most = list(sinks), merged, most
+        self.total = 0.0  # influence of the crossing edges
+        self.of_sinks = dict.fromkeys(self.sinks, 0.0)  # what the weights of the edges from each to others sum to
+        self._floor = -1.0  # of influence, below which there are `most` stronger ones
+        self._tables: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, weights: LayerWeights, influence: Influence) -> None:
+        """One layer more."""
+        self._tables.append(layer_edges(weights, influence, self._floor, self.merged))
+        crossing = influence.attention.sum(axis=0)  # [dst, src]
+        np.fill_diagonal(crossing, 0)  # edges from sinks have none
+        self.total += float(crossing.sum())
+        for pos in self.sinks:
+            self.of_sinks[pos] += float(weights.attention[:, pos + 1 :, pos].sum(dtype=np.float64))
+        if sum(len(edges) for edges, _ in self._tables) > 2 * self.most:
+            self._squeeze()
+
+    def close(self, extra: np.ndarray, extra_influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The edges, layer by layer upwards, then the extra ones; and their influence."""
+        self._squeeze()
+        tables = [*reversed(self._tables), (extra, extra_influence)]
+        return np.concatenate([edges for edges, _ in tables]), np.concatenate([passes for _, passes in tables])
+
+    def _squeeze(self) -> None:
+        """Let go of the weakest attention edges; of equal ones, of those of lower layers, higher heads and positions."""
+        attention = [(edges["kind"] == Kind.ATTENTION) | (edges["kind"] == Kind.SELF) for edges, _ in self._tables]
+        strengths = np.concatenate([passes[mask] for (_, passes), mask in zip(self._tables, attention, strict=True)])
+        if len(strengths) <= self.most:
+            return
+        self._floor = float(-np.partition(-strengths, self.most)[self.most])
+        room = self.most - int((strengths > self._floor).sum())
+        for i, ((edges, passes), mask) in enumerate(zip(self._tables, attention, strict=True)):
+            equal = np.flatnonzero(mask & (passes == self._floor))[:room]
+            room -= len(equal)
+            keep = ~mask | (passes > self._floor)
+            keep[equal] = True
+            self._tables[i] = edges[keep], passes[keep]
+
+
+def sampled_edges(positions: np.ndarray, weights: Any = 1.0) -> np.ndarray:
+    """The edges into positions whose token was drawn from the prediction before: the only ones into their embeddings."""
+    return _table(Kind.SAMPLED, -1, -1, positions, positions - 1, weights)
 
 
 def _table(kind: Any, layer: int, head: Any, dst: np.ndarray, src: np.ndarray, weight: Any) -> np.ndarray:
@@ -78,28 +170,6 @@ def sweep(edges: np.ndarray) -> Iterator[np.ndarray]:
     order = np.argsort(rank, kind="stable")  # upwards, as the table is for the most part already
     groups = np.split(order, np.flatnonzero(np.diff(rank[order])) + 1)
     yield from (group for group in reversed(groups) if len(group))
-
-
-def influence(edges: np.ndarray, left_out: np.ndarray, n_layers: int, at: int) -> np.ndarray:
-    """How much of what reaches the prediction at position `at` passes through each edge: [E] float64, 0..1.
-
-    Each state's incoming edges are weighed against each other by |weight|, and the prediction's 1 is shared out by
-    that, from the last row down; edges marked in `left_out` [E] get nothing. An MLP reads what attention and residual
-    have just brought, so its share is measured beside theirs, and what comes through it goes on to them.
-    """
-    weight = np.where(left_out, 0, np.abs(edges["weight"].astype(np.float64)))
-    reaching = np.zeros((n_layers + 1, at + 1))  # [row, pos]
-    reaching[-1, at] = 1
-    result = np.zeros(len(edges))
-    for group in sweep(edges):
-        edge, size = edges[group], weight[group]
-        brings = edge["kind"] != Kind.MLP
-        brought, whole = (np.bincount(edge["dst"], part, at + 1) for part in (size * brings, size))
-        base = np.where(brings, brought[edge["dst"]], whole[edge["dst"]])
-        share = np.divide(size, base, out=np.zeros(len(group)), where=base > 0)
-        result[group] = share * reaching[edge["layer"] + 1, edge["dst"]]
-        reaching[edge["layer"][0]] += np.bincount(edge["src"], result[group] * brings, at + 1)
-    return result
 
 
 def weakest_link(edges: np.ndarray, crossing: np.ndarray, influence: np.ndarray, n_layers: int, at: int) -> np.ndarray:
@@ -128,7 +198,7 @@ def on_the_way(edges: np.ndarray, kept: np.ndarray, strong: np.ndarray, n_layers
     """
     busy = np.zeros(at + 1, bool)
     busy[[at, *edges["src"][kept], *edges["dst"][kept]]] = True
-    live = np.zeros((n_layers + 1, at + 1), bool)  # the states from which a kept way leads to the prediction
+    live = np.zeros((n_layers + 1, at + 1), bool)  # the states from which a kept way leads to the prediction, or a kept edge
     live[-1, at] = True
     result = np.zeros(len(edges), bool)
     looked_at = np.flatnonzero(kept | (edges["kind"] != Kind.ATTENTION))
@@ -138,5 +208,5 @@ def on_the_way(edges: np.ndarray, kept: np.ndarray, strong: np.ndarray, n_layers
         leads, residual = live[edge["layer"] + 1, edge["dst"]], edge["kind"] == Kind.RESIDUAL
         joins = (edge["kind"] == Kind.SAMPLED) & busy[edge["src"]]
         result[these] = leads & ~kept[these] & (residual | joins | strong[these])
-        np.logical_or.at(live[edge["layer"][0]], edge["src"], leads & (kept[these] | result[these]))
+        np.logical_or.at(live[edge["layer"][0]], edge["src"], kept[these] | (leads & result[these]))
     return result

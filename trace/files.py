@@ -41,7 +41,7 @@ class Checksum:
         self._columns, self._crc = np.zeros(ROW // 8, np.uint64), 0
 
     def add(self, block: Array, n: int) -> None:
-        """The first n bytes of a block, uint8 [BLOCK]; what follows them up to a whole row is overwritten by zeros."""
+        """The first n bytes of uint8 [..]; what follows them there up to a whole row is overwritten by zeros."""
         whole = -(-n // ROW) * ROW
         block[n:whole] = 0
         rows = block[:whole].view(np.uint64).reshape(-1, ROW // 8)
@@ -73,19 +73,22 @@ def checksum_of(pieces: Iterable[Array]) -> str:
 class FileWriter:
     """A file of a trace while it is written: `section`, then for each array `append` its pieces and `name` them; `finish`.
 
-    An OSError, such as a full disk, names the file. After it, and whenever the file is not wanted, `abandon` it.
+    A small file is gathered in the block and written by one call. An OSError, such as a full disk, names the file. After
+    it, and whenever the file is not wanted, `abandon` it.
     """
 
     def __init__(self, folder: str, name: str, head: int, block: Array) -> None:
         """head: bytes reserved for the header. block: uint8 [BLOCK] to work in, one for all files of a trace."""
         self._path, self._part = f"{folder}/{name}", f"{folder}/.{name}.part"
-        self._head, self._block, self._bytes, self._fill = head, block, block.data, 0
+        self._head, self._block, self._bytes = head, block, block.data
+        self._begin, self._fill = 0, 0  # where in the block the bytes lie that are not summed yet
+        self._summed: list[memoryview] = []  # parts of the block that are, and are still to be written
+        self._to = head  # where they go in the file
         self._at, self._named = 0, 0  # bytes of arrays so far, and of those that have a name
         self._entries: dict[str, dict[str, object]] = {}
         self._sums: dict[str, str] = {}
         self._level, self._checksum = "", Checksum()
         self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        os.lseek(self._file, head, os.SEEK_SET)
 
     def section(self, level: str) -> None:
         """What follows has a checksum of its own."""
@@ -95,23 +98,14 @@ class FileWriter:
     def append(self, pieces: Sequence[Array]) -> None:
         """Pieces of an array, of one type. They are used at once and not kept."""
         n = sum(piece.nbytes for piece in pieces)
-        if len(pieces) > 1 and n <= BLOCK and self._fill == 0:  # small ones all in one go
-            room = self._block[:n].view(pieces[0].dtype)
+        if len(pieces) > 1 and n <= BLOCK - self._fill and self._fill % 8 == 0:  # small ones all in one go
+            room = self._block[self._fill : self._fill + n].view(pieces[0].dtype)
             np.concatenate([piece.reshape(-1) for piece in pieces], out=room)
-            self._at, self._fill = self._at + n, n
+            self._at, self._fill = self._at + n, self._fill + n
             return
         for piece in pieces:
             if piece.size:
                 self._append(np.ascontiguousarray(piece).data.cast("B"))
-
-    def _append(self, data: memoryview | bytes) -> None:
-        self._at += len(data)
-        while len(data):
-            n = min(len(data), BLOCK - self._fill)
-            self._bytes[self._fill : self._fill + n] = data[:n]
-            self._fill, data = self._fill + n, data[n:]
-            if self._fill == BLOCK:
-                self._flush()
 
     def name(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         """What was appended since the last name is this array."""
@@ -133,13 +127,15 @@ class FileWriter:
         self._append(memoryview(b"".join(pieces)))
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header, and give the file its name."""
+        """Write the header and what is still to be written, and give the file its name."""
         self._end_section()
         about = {**metadata, **{f"sum.{level}": text for level, text in self._sums.items()}}
         header = TO_JSON({"__metadata__": about, **self._entries}).encode()
         if len(header) > self._head - 8:
             raise ValueError(f"a header of {len(header)} bytes does not fit into {self._head}")
-        self._write(struct.pack("<Q", self._head - 8) + header.ljust(self._head - 8), 0)
+        if self._to > self._head:
+            self._write_summed()
+        self._write([memoryview(struct.pack("<Q", self._head - 8) + header.ljust(self._head - 8)), *self._summed], 0)
         file, self._file = self._file, -1
         os.close(file)
         os.replace(self._part, self._path)
@@ -152,25 +148,47 @@ class FileWriter:
         with suppress(FileNotFoundError):
             os.unlink(self._part)
 
-    def _flush(self) -> None:
-        n, self._fill = self._fill, 0
-        self._checksum.add(self._block, n)
-        self._write(self._bytes[:n])
+    def _append(self, data: memoryview) -> None:
+        self._at += len(data)
+        while len(data):
+            n = min(len(data), BLOCK - self._fill)
+            self._bytes[self._fill : self._fill + n] = data[:n]
+            self._fill, data = self._fill + n, data[n:]
+            if self._fill == BLOCK:
+                self._sum()
+                self._write_summed()
+
+    def _sum(self) -> None:
+        n = self._fill - self._begin
+        self._checksum.add(self._block[self._begin :], n)
+        self._summed.append(self._bytes[self._begin : self._fill])
+        self._begin = self._fill = self._begin + -(-n // ROW) * ROW
 
     def _end_section(self) -> None:
-        if self._fill:
-            self._flush()
+        if self._fill > self._begin:
+            self._sum()
+        if self._fill == BLOCK:
+            self._write_summed()
         if self._level:
             self._sums[self._level] = str(self._checksum)
 
-    def _write(self, data: bytes | memoryview, at: int | None = None) -> None:
-        left = memoryview(data)
+    def _write_summed(self) -> None:
+        self._to = self._write(self._summed, self._to)
+        self._summed, self._begin, self._fill = [], 0, 0
+
+    def _write(self, pieces: list[memoryview], at: int) -> int:
+        """Write the pieces one after the other at a place of the file; returns the place after them."""
         try:
-            while len(left):  # a nearly full disk takes a part, and refuses the rest when asked again
-                n = os.write(self._file, left) if at is None else os.pwrite(self._file, left, at)
-                left, at = left[n:], None if at is None else at + n
+            while pieces:  # a nearly full disk takes a part, and refuses the rest when asked again
+                n = os.pwritev(self._file, pieces, at)
+                at += n
+                while pieces and n >= len(pieces[0]):
+                    n -= len(pieces[0])
+                    pieces = pieces[1:]
+                pieces = [pieces[0][n:], *pieces[1:]] if n else pieces
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._path) from error
+        return at
 
 
 class FileArrays(Mapping[str, Array]):
@@ -196,6 +214,9 @@ class FileArrays(Mapping[str, Array]):
             self._checked.add(level)
         array: Array = np.require(tensor.raw.view(self.dtype(name)), requirements="A").reshape(tensor.shape)
         return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

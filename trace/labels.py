@@ -124,7 +124,8 @@ def wrap_words(text: str, size: float, room: float) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def quote(*lines: str) -> str:
-    """A DOT string of these lines, whose characters all stand for themselves; `<` starts nothing within quotes."""
-    escaped = (line.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"') for line in lines)
-    return '"' + "\\n".join(escaped) + '"'
+def quote(*lines: str, left: bool = False) -> str:
+    """A DOT string of these lines, centred or all at the left. Their characters all stand for themselves; `<` starts
+    nothing within quotes."""
+    escaped = [line.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"') for line in lines]
+    return '"' + ("".join(f"{line}\\l" for line in escaped) if left else "\\n".join(escaped)) + '"'

@@ -1,62 +1,38 @@
-"""How much an edge counts: the measures, each a generator of one layer's edge weights after another.
+"""How much an edge counts: the measures, each a generator of one layer's edge weights after another, the last first.
 
-A head h that reads position j for position i adds the part u = a v_j W_O^h to the residual stream, where a is the
-attention weight and v_j the cached value. The measures differ in what of this they look at:
+- `attention`: the attention weight alone. It needs no model, and says nothing about what was moved: a sink draws much and
+  moves little.
+- `rollout`: the attention weights multiplied up over the layers, on the way to the prediction (`rollout.py`).
+- `norm`: the length of what an edge adds to the stream (Kobayashi et al. 2020, "Attention is Not Only a Weight", arXiv
+  2004.10102).
+- `proximity`: how much nearer it brings the stream to what it becomes (`proximity.py`).
+- `target`: what it does for the predicted logit, or the difference of two, all else held (`target.py`).
+- `knockout`, `value-zero`: what the logit, or the difference, loses without it, by running again (`knockout.py`).
 
-- `attention`: a alone. It needs no model, and says nothing about what was moved: a sink draws much and moves little.
-- `norm`: the length of u (Kobayashi et al. 2020, "Attention is Not Only a Weight", arXiv 2004.10102).
+The first, third and fourth weigh the edges into a state against each other: how much of that reaches the prediction is
+found by sharing it out from the prediction down (`spread.py`). The weights of the others are of the prediction already.
 
-A measure is a function (trace, model, goal, merged) -> iterator of LayerWeights, in any order of layers; one that needs
-a sweep from the prediction down yields the last layer first. MEASURES names them.
+A measure is a function (trace, model, goal, merged) -> iterator of LayerWeights. MEASURES names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from nanokv.config import Config
 from nanokv.errors import TraceError
 from nanokv.trace import schema
+from nanokv.trace.knockout import knockout, value_zero
+from nanokv.trace.parts import Array, Goal, LayerWeights, TraceLike, attention_parts
+from nanokv.trace.proximity import proximity
+from nanokv.trace.rollout import rollout
+from nanokv.trace.target import target
 
-
-class TraceLike(Protocol):
-    """What a measure asks of a trace. S positions."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def level(self) -> str: ...
-    @property
-    def tokens(self) -> Mapping[str, np.ndarray]: ...
-    def pattern(self, layer: int) -> np.ndarray: ...  # [H, S, S]: rows dst, columns src
-    def values(self, layer: int) -> np.ndarray: ...  # [S, G, hd]
-    def state(self, site: str, layer: int) -> np.ndarray: ...  # [S, D]
-    def logits(self, pos: int) -> np.ndarray | None: ...  # [V]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the flow is to explain: the prediction at a position, and the logit or difference of two to aim at."""
-
-    at: int  # the position whose prediction it is
-    token: int | None = None  # the id that is predicted; None where the trace holds no logits
-    against: int | None = None  # the id whose logit is subtracted
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer's edge weights among the n positions up to the goal's."""
-
-    layer: int
-    attention: np.ndarray  # [H, n, n], or [1, n, n] with heads merged: rows dst, columns src; the diagonal is self-attention
-    residual: np.ndarray  # [n]
-    mlp: np.ndarray | None  # [n]; None where the measure knows nothing of the MLP
-    received: np.ndarray  # [n] attention that a position draws from those after it, the next one aside: mean over heads and dst
-    moved: np.ndarray | None = None  # [H, n] length of v_j W_O^h, where known
+Heads = Literal["apart", "merged", "summed"]
+Weights = Callable[[TraceLike, Any, Goal, bool], Iterator[LayerWeights]]
 
 
 @dataclass(frozen=True)
@@ -64,12 +40,20 @@ class Measure:
     """A measure, what it needs, and how a picture names it."""
 
     name: str
-    weights: Callable[[TraceLike, Any, Goal, bool], Iterator[LayerWeights]]
-    needs: Literal["weights", "vectors", "states"]  # the lowest level of trace that it can be taken of
+    weights: Weights
+    needs: Literal["writes", "weights", "vectors", "states"]  # the lowest level of trace that it can be taken of
     model: bool  # whether it needs the model's weights
     unit: str  # what an attention edge's weight is, in words
-    stream: str  # what a residual edge's weight is
+    stream: str = ""  # what a residual edge's weight is, if anything
+    whole: bool = False  # whether a weight is of the whole prediction, rather than of the state that the edge leads to
     aimed: bool = False  # whether the weights depend on the goal's token; then they are signed, for and against
+
+    def layers(self, trace: TraceLike, model: Any, goal: Goal, heads: Heads) -> Iterator[LayerWeights]:
+        """The weights, the last layer first. merged: the heads' parts are added up, then weighed; summed: the other way."""
+        for weights in self.weights(trace, model, goal, heads == "merged"):
+            if heads == "summed":
+                weights = replace(weights, attention=weights.attention.sum(axis=0, keepdims=True))
+            yield weights
 
 
 def attention(trace: TraceLike, model: Any, goal: Goal, merged: bool) -> Iterator[LayerWeights]:
@@ -80,10 +64,10 @@ def attention(trace: TraceLike, model: Any, goal: Goal, merged: bool) -> Iterato
     are no MLP edges.
     """
     n = goal.at + 1
-    for layer in range(trace.config.n_layers):
+    for layer in reversed(range(trace.config.n_layers)):
         pattern = trace.pattern(layer)[:, :n, :n]  # [H, n, n]
         weights = pattern.mean(axis=0, keepdims=True) if merged else pattern
-        yield LayerWeights(layer, weights, np.full(n, len(weights), np.float32), None, received(pattern))
+        yield LayerWeights(layer, weights, np.full(n, len(weights), np.float32))
 
 
 def norm(trace: TraceLike, model: Any, goal: Goal, merged: bool) -> Iterator[LayerWeights]:
@@ -94,49 +78,20 @@ def norm(trace: TraceLike, model: Any, goal: Goal, merged: bool) -> Iterator[Lay
     linear map that it was in this run. The output bias bo is nobody's part.
     """
     n, config = goal.at + 1, trace.config
-    for layer in range(config.n_layers):
-        block = model.weights.blocks[layer]
+    for layer in reversed(range(config.n_layers)):
         pattern = trace.pattern(layer)[:, :n, :n]  # [H, n, n]
-        outputs = head_outputs(trace.values(layer)[:n], np.asarray(block.wo), config.n_heads)  # [H, n, D]
-        scale = np.ones(n, np.float32)
-        if config.post_norms and config.norm != "none":
-            outputs, scale = _through_norm(pattern, outputs, block, config)
-        moved = np.linalg.norm(outputs, axis=-1)  # [H, n]
-        weights = _merged_norm(pattern, outputs)[None] if merged else np.abs(pattern) * moved[:, None, :]
-        lengths = [np.linalg.norm(trace.state(site, layer)[:n], axis=-1) for site in ("resid_pre", "mlp_out")]
-        yield LayerWeights(layer, weights * scale[:, None], lengths[0], lengths[1], received(pattern), moved)
+        outputs, scale, bias = attention_parts(pattern, trace.values(layer)[:n], model.weights.blocks[layer], config)
+        weights = _merged_norm(pattern, outputs)[None] if merged else np.abs(pattern) * lengths(outputs)[:, None, :]
+        stream, mlp = (lengths(trace.state(site, layer)[:n]) for site in ("resid_pre", "mlp_out"))
+        yield LayerWeights(layer, weights * scale[:, None], stream, mlp, bias=lengths(bias))
 
 
-def head_outputs(values: np.ndarray, wo: np.ndarray, n_heads: int) -> np.ndarray:
-    """v_j W_O^h for every head h and position j: values [n, G, hd] and wo [D, H*hd] -> [H, n, D]."""
-    _, n_kv_heads, head_dim = values.shape
-    by_head = np.ascontiguousarray(wo.T).reshape(n_heads, head_dim, -1)  # [H, hd, D]
-    return np.ascontiguousarray(values.transpose(1, 0, 2)).repeat(n_heads // n_kv_heads, axis=0) @ by_head
+def lengths(x: Array) -> Array:  # [..., D] -> [...]
+    """The Euclidean length of each row."""
+    return np.sqrt((x * x).sum(axis=-1))
 
 
-def received(pattern: np.ndarray) -> np.ndarray:
-    """Attention that each position draws from those at least two after it, mean over heads and dst: [H, n, n] -> [n].
-
-    The next position is left out: a head that always reads the token before makes no sink of it.
-    """
-    n = pattern.shape[-1]
-    readers = np.maximum(n - 2 - np.arange(n), 1)
-    return np.tril(pattern.mean(axis=0), -2).sum(axis=0) / readers
-
-
-def _through_norm(pattern: np.ndarray, outputs: np.ndarray, block: Any, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """The norm after the attention as the linear map that it was.
-
-    Returns what it makes of the heads' outputs [H, n, D], but for a factor at each dst, and that factor [n].
-    """
-    written = (pattern @ outputs).sum(axis=0) + (0 if block.bo is None else block.bo)  # [n, D]
-    if config.norm == "layer":
-        outputs, written = (x - x.mean(axis=-1, keepdims=True) for x in (outputs, written))
-    scale = 1 / np.sqrt((written * written).mean(axis=-1) + config.norm_eps)  # [n]
-    return outputs * block.post_attn_norm, scale
-
-
-def _merged_norm(pattern: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+def _merged_norm(pattern: Array, outputs: Array) -> Array:
     """||sum over h of a_hij v_j W_O^h||: [H, n, n] and [H, n, D] -> [n, n].
 
     From the inner products of the heads' outputs at each src, so that no [n, n, D] is formed.
@@ -149,14 +104,29 @@ def _merged_norm(pattern: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares, 0))
 
 
+_LOGIT = "effect on the logit"
 MEASURES = {
-    "attention": Measure("attention", attention, "weights", False, "attention weight", ""),
-    "norm": Measure("norm", norm, "states", True, "length of what a head moves, ‖a·v·W_O‖", "its length"),
+    measure.name: measure
+    for measure in (
+        Measure("target", target, "states", True, f"{_LOGIT}, all else held", "effect of what it held", True, True),
+        Measure("norm", norm, "states", True, "length of what a head moves, ‖a·v·W_O‖", "its length"),
+        Measure("proximity", proximity, "states", True, "part of the state, by nearness", "part of the state"),
+        Measure("attention", attention, "weights", False, "attention weight"),
+        Measure("rollout", rollout, "weights", False, "part of the prediction, by attention alone", "its part", True),
+        Measure("knockout", knockout, "writes", True, f"{_LOGIT} lost if it is not read", "", True, True),
+        Measure("value-zero", value_zero, "writes", True, f"{_LOGIT} lost with what it brings", "", True, True),
+    )
 }
 
 
-def find(name: str, trace: TraceLike, model: Any) -> Measure:
-    """The measure of that name, if this trace and model allow it; otherwise a TraceError that says what is missing."""
+def find(name: str | None, trace: TraceLike, model: Any) -> Measure:
+    """The measure of that name, if this trace and model allow it; otherwise a TraceError that says what is missing.
+
+    None is the best there is: `target` for a trace of level `states` with its model, else `attention`.
+    """
+    if name is None:
+        whole = schema.holds(trace.level, "states") and getattr(trace, "topk", None) is None
+        name = "target" if model is not None and whole else "attention"
     if name not in MEASURES:
         raise TraceError(f"there is no measure {name!r}; there are: {', '.join(MEASURES)}")
     measure = MEASURES[name]
@@ -165,8 +135,24 @@ def find(name: str, trace: TraceLike, model: Any) -> Measure:
             f"measure {name!r} needs a trace of level {measure.needs!r}; this one has level {trace.level!r}. Record it "
             f"again with Recorder(level={measure.needs!r})"
         )
-    if measure.model and model is None:
-        raise TraceError(f"measure {name!r} needs the model whose trace this is: trace.flow(model, measure={name!r})")
-    if measure.model and model.config != trace.config:
-        raise TraceError(f"measure {name!r} was given another model than the one that was traced: their configs differ")
+    topk = getattr(trace, "topk", None)
+    if topk is not None and measure.needs != "writes" and name != "attention":
+        raise TraceError(f"measure {name!r} needs all weights of a row; this trace keeps the {topk} largest: record it "
+                         "again without topk, or use measure 'attention'")  # fmt: skip
+    if measure.model:
+        check_model(f"measure {name!r}", trace, model)
     return measure
+
+
+def check_model(what: str, trace: TraceLike, model: Any) -> None:
+    """TraceError unless the model is the one that was traced: its config, and its hash where the trace has one."""
+    if model is None:
+        raise TraceError(f"{what} needs the model whose trace this is, as in trace.flow(model)")
+    if model.config != trace.config:
+        raise TraceError(f"{what} was given another model than the one that was traced: their configs differ")
+    if getattr(trace, "_model", None) is model:
+        return
+    known = getattr(trace, "model_hash", "")
+    if known and model.fingerprint != known:
+        raise TraceError(f"{what} was given another model than the one that was traced: its weights hash to "
+                         f"{model.fingerprint[:12]}, those of the trace to {known[:12]}")  # fmt: skip

@@ -293,23 +293,34 @@ def _stacked(rows: list[Array]) -> Array:
 
 
 def rebuilt_cache(trace: Trace, model: Transformer) -> KVCache:
-    """The cache that a trace ends with, computed anew from its tokens: the same bits, however they were split into calls.
+    """The cache that a trace ends with, computed anew from its tokens.
 
-    TraceError if it begins within a sequence, or if another model or an intervention left other keys or values.
+    In one call, or, where the operations give other bits to another split, in the trace's own calls. TraceError if the trace
+    begins within a sequence, or if another model or an intervention left other keys or values.
     """
     if len(trace.steps) == 0 or trace.steps[0].start > 0:
         raise TraceError("a cache can be rebuilt only from a trace that begins at position 0: load a saved cache instead")
-    cache = model.new_cache()
-    model.forward(trace.tokens["token_id"], cache, last_logits_only=True)
-    cache.steps = trace.steps[-1].number + 1
+    tokens, odd = trace.tokens["token_id"], ""
+    for calls in ([tokens], np.split(tokens, [step.start for step in trace.steps][1:])):
+        cache = model.new_cache()
+        for call in calls:
+            model.forward(call, cache, last_logits_only=True)
+        cache.steps = trace.steps[-1].number + 1
+        odd = _other_entry(trace, cache)
+        if not odd:
+            return cache
+    raise TraceError(f"{odd} is not what this model computes from the trace's tokens: load a saved cache instead")
+
+
+def _other_entry(trace: Trace, cache: KVCache) -> str:
+    """The first keys or values that are not those recorded; "" if they all are."""
     for step in trace.steps:
         for layer in range(trace.config.n_layers):
             for name, entries in (("k", cache.keys(layer)), ("v", cache.values(layer))):
                 found = hash_words(entries[step.start : step.start + step.n])
                 if not np.array_equal(found, step.arrays[f"{name}_hash"][layer]):
-                    raise TraceError(f"step{step.number}.layer{layer}.{name} is not what this model computes from the trace's "
-                                     "tokens: load a saved cache instead")  # fmt: skip
-    return cache
+                    return f"step{step.number}.layer{layer}.{name}"
+    return ""
 
 
 def largest(weights: Array, slots: Slots, k: int) -> tuple[Array, Array]:  # [H, R] -> [H, R'], [H, R']

@@ -13,11 +13,9 @@ from nanokv.trace import labels
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
-# Blue and vermillion, of Okabe and Ito (2008), are a pair that colour-blind people tell apart; in grey they differ too.
-FOR, AGAINST = "#0072B2", "#D55E00"
-INK, SOFT, FAINT, RULE, STREAM, MLP, PAPER = "#1F2328", "#5F6368", "#9A9EA3", "#EFEEEA", "#D8D5CD", "#8A6FA3", "#FFFFFF"
-
-MARGIN, NAMES = 16.0, 74.0  # around the picture; where the columns begin, right of the layers' names
+# Colours are named by what they are for; `look.THEMES` says which they are.
+FOR, AGAINST, INK, SOFT, FAINT, RULE = "for", "against", "ink", "soft", "faint", "rule"
+STREAM, MLP, PAPER = "stream", "mlp", "paper"
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Text:
     color: str
     left: bool = False
     tip: str = ""
+    backed: bool = False  # whether it hides what lies under it
 
     @property
     def box(self) -> Box:
@@ -41,13 +40,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Dot:
-    """A state of the residual stream."""
+    """A state of the residual stream, or a mark."""
 
     at: Point
-    row: int
-    pos: int
     size: float  # diameter; 0 for a state that nothing but the stream passes through
     tip: str = ""
+    name: str = ""  # the id of the state; a mark has none
+    color: str = INK
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A filled rectangle."""
+
+    box: Box
+    color: str
+    alpha: float = 1.0
+    tip: str = ""
+    name: str = ""  # its id, if it has one
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Stroke:
     alpha: float = 1.0
     style: str = "solid"  # or dashed, dotted
     head: float = 0.0  # length of the arrowhead at its end; 0: none
+    bar: bool = False  # whether a bar across the end stands in the arrowhead's place
     ends: tuple[str, str] | None = None  # the ids of the states that it joins
     tip: str = ""
 
@@ -69,6 +80,7 @@ class Scene:
     """Everything to be drawn, strokes in the order in which they cover each other, and the edges of the paper."""
 
     paper: Box = (0.0, 0.0, 0.0, 0.0)
+    rects: list[Rect] = field(default_factory=list)
     strokes: list[Stroke] = field(default_factory=list)
     dots: list[Dot] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
@@ -109,3 +121,5 @@ class Grid:
     base: float  # where the columns rise from their tokens
     right: float
     size: float  # of the tokens' text
+    left: float  # where the first column begins
+    lanes: tuple[float, ...]  # of each attention edge that is shown, the height at which it runs; () for straight ways

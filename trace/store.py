@@ -193,12 +193,14 @@ class Trace:
 
         return laws.check(self)
 
-    def flow(self, model: Transformer | None = None, *, measure: str, at: int = -1, token: int | str | None = None,
-             against: int | str | None = None, heads: Literal["apart", "merged"] = "apart") -> Flow:  # fmt: skip
-        """The graph of what led to the prediction at a position; see `flow.flow`."""
-        from nanokv.trace import flow
+    def flow(self, model: Transformer | None = None, *, measure: str | None = None, at: int = -1,
+             token: int | str | None = None, against: int | str | None = "runner-up",
+             heads: Literal["apart", "merged", "summed"] = "apart") -> Flow:  # fmt: skip
+        """The graph of what led to the prediction at a position, by default weighed by what each edge did for its logit over
+        that of the likeliest other token (`target`), or else by attention; see `making.flow`."""
+        from nanokv.trace import making
 
-        return flow.flow(self, model, measure=measure, at=at, token=token, against=against, heads=heads)
+        return making.flow(self, model, measure=measure, at=at, token=token, against=against, heads=heads)
 
     def _recorded(self) -> Sequence[Step]:
         if not len(self.steps):
