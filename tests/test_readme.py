@@ -24,7 +24,9 @@ ORDER = {
     "trace": """schema steps recorder hashes writer files store ids
         laws laws_of_memory laws_of_numbers
         explain why telling tellers recompute arithmetic diff dump
-        measures edges flow scene layout captions labels draw
+        parts measures rollout proximity target knockout spread sinks prediction edges flow making
+        selection paths reach difference verify cutting lens nodelink blas
+        scene look grid lanes layout marks captions labels maps heat pyramid cachemap draw
         export names assemble huggingface""",
 }
 

@@ -93,7 +93,8 @@ for n in (1, 2, 3, 4):
 def test_the_number_of_threads_changes_no_bit() -> None:
     root = Path(__file__).parent.parent
     environment = os.environ | {"NUMBA_NUM_THREADS": "4", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", THREADS], cwd=root, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 12 and all(line.endswith("True") for line in done.stdout.splitlines())
 
 
