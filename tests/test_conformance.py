@@ -49,7 +49,7 @@ def test_nanokv_passes(ops: str, profile: str) -> None:
     skipped = {result.case["id"] for result in results if result.status == "skip"}
     assert skipped <= {"run/smollm2"}
     if profile == "close":
-        assert max(result.ratio for result in results) < 0.35  # so that another order of additions passes, too
+        assert max(result.ratio for result in results) < 0.2  # so that another order of additions passes, too
 
 
 @pytest.mark.parametrize("ops, profile", [("numpy", "close"), ("numba", "exact")])
@@ -60,7 +60,7 @@ def test_nanokv_passes_on_smollm2(ops: str, profile: str) -> None:
         pytest.skip(str(missing))
     (case,) = runner.chosen(CASES, [], None, ["run/smollm2"], profile)
     result = runner.run_case(case, ask(Port(parts_of(ops))), profile, smollm2=str(path))
-    assert result.status == "pass" and result.ratio < 0.35, result.lines
+    assert result.status == "pass" and result.ratio < 0.2, result.lines
 
 
 def test_the_files_are_what_make_vectors_makes() -> None:
@@ -70,7 +70,9 @@ def test_the_files_are_what_make_vectors_makes() -> None:
 
 def test_the_files_fit_their_schemas() -> None:
     schemas = {path.stem: json.loads(path.read_text("utf-8")) for path in (SUITE / "schema").glob("*.json")}
-    files = [path for path in SUITE.rglob("*.json") if path.parent.name not in ("schema", "tokenizer") and "models" not in path.parts]
+    files = [
+        path for path in SUITE.rglob("*.json") if path.parent.name not in ("schema", "tokenizer") and "models" not in path.parts
+    ]
     assert len(files) > 15
     for path in files:
         content = json.loads(path.read_text("utf-8"))
@@ -117,7 +119,7 @@ def test_the_operations_of_the_readme_are_those_of_the_cases() -> None:
     text = (SUITE / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| op |") : text.index("## A case")]
     named = {name for row in re.findall(r"^\| (`[^|]*)\|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    assert named - {"trace"} == {case["op"] for case in CASES}
+    assert named == {case["op"] for case in CASES}
 
 
 def test_the_example_of_the_readme_is_what_the_runner_prints() -> None:
@@ -131,7 +133,9 @@ def test_the_runner_says_by_its_exit_status_what_happened(tmp_path: Path) -> Non
     assert run_program("--level", "0").returncode == 0
     assert run_program("--level", "0", program="nanokv_port.py --bug KvHeadModuloG").returncode == 1
     assert run_program("--level", "0", "--pattern", "no such case").returncode == 2
-    missing = subprocess.run([sys.executable, str(SUITE / "run.py"), "--program", "/no/such/port"], capture_output=True, text=True)
+    missing = subprocess.run(
+        [sys.executable, str(SUITE / "run.py"), "--program", "/no/such/port"], capture_output=True, text=True
+    )
     assert missing.returncode == 2 and "cannot be started" in missing.stderr
     state = tmp_path / "state.json"
     assert "->" not in run_program("--level", "0", "--track", str(state)).stdout
@@ -217,7 +221,15 @@ def misfits(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str = 
     return found
 
 
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
 KEYWORDS = {
     "type": lambda value, types: any(isinstance(value, TYPES[t]) for t in ([types] if isinstance(types, str) else types)),
     "enum": lambda value, allowed: value in allowed,
@@ -228,4 +240,3 @@ KEYWORDS = {
     "minItems": lambda value, least: not isinstance(value, list) or len(value) >= least,
     "maxItems": lambda value, most: not isinstance(value, list) or len(value) <= most,
 }
-

@@ -14,7 +14,7 @@ from nanokv.generate import generate
 from nanokv.trace import Recorder, Trace
 from nanokv.trace.explain import show
 from nanokv.trace.hashes import hash_words
-from nanokv.trace.schema import KINDS, LEVELS, SITES
+from nanokv.trace.schema import KINDS, LEVELS, ROLES, SITES
 from nanokv.transformer import Transformer
 
 
@@ -125,6 +125,50 @@ def test_ids_name_states_patterns_and_logits() -> None:
     assert trace["step0.layer1.head4.scores"].shape == (4, 4) and trace["step0.layer1.head4.scores"][0, 1] == -np.inf
     assert np.array_equal(trace["step2.layer2.k"], trace.keys(2)[5:])
     assert np.array_equal(trace["pos5.logits"], logits[5]) and np.array_equal(trace["step2.logits"], logits[5:])
+
+
+def test_an_id_names_a_site_of_a_position_of_a_head_or_of_a_call() -> None:
+    _, trace = recorded()
+    step, config = trace.steps[2], trace.config  # positions 5 and 6
+    for site in ("q", "k", "v", "z"):
+        heads = config.n_kv_heads if site in "kv" else config.n_heads
+        assert trace[f"step2.layer1.{site}"].shape == (2, heads, config.head_dim)
+        assert np.array_equal(trace[f"layer1.pos6.{site}"], step.arrays[site][1, 1])
+    for site in ("pattern", "scores"):
+        assert trace[f"step2.layer1.{site}"].shape == (6, 2, 7) and trace[f"layer1.pos5.{site}"].shape == (6, 6)
+        assert np.array_equal(trace[f"layer1.pos5.head4.{site}"], trace[f"step2.layer1.head4.{site}"][0, :6])
+    for site in ("q", "z"):
+        assert np.array_equal(trace[f"step2.layer1.head4.{site}"][1], trace[f"layer1.pos6.head4.{site}"])
+    assert trace["step2.final_scale"].shape == (2,) and trace["pos6.final_scale"] == trace["step2.final_scale"][1]
+
+
+def test_writes_and_reads_say_whose_turn_it_was() -> None:
+    small, recorder = model(CONFIGS["llama"]), Recorder()
+    cache = small.new_cache()
+    small.forward([1, 2], cache, observer=recorder)
+    recorder.turn("tool")
+    small.forward([3, 4], cache, observer=recorder)
+    writes, reads = recorder.trace.writes, recorder.trace.reads
+    for table, pos in ((writes, writes["pos"]), (reads, reads["dst"])):
+        assert np.array_equal(table["turn"], pos // 2)
+        assert {ROLES[role] for role in table["role"][pos > 1]} == {"tool"}
+    past = reads["kind"] == KINDS.index("past")
+    assert np.array_equal(past, (reads["dst"] > 1) & (reads["src"] < 2))
+    assert reads["src"].dtype == np.int32 and "cats" not in reads
+    with pytest.raises(KeyError):
+        reads["cats"]
+
+
+def test_what_is_sampled_goes_on_with_the_turn_that_was_begun_for_the_model() -> None:
+    small, recorder = model(CONFIGS["llama"]), Recorder()
+    cache = small.new_cache()
+    small.forward([1], cache, observer=recorder)
+    recorder.turn("model")
+    small.forward([2, 3], cache, observer=recorder)  # such as the mark that begins an answer
+    list(generate(small, cache=cache, max_new_tokens=2, observer=recorder))
+    table = recorder.trace.tokens
+    assert table["turn"].tolist() == [0, 1, 1, 1, 1] and table["chunk"].tolist() == [0, 0, 0, 1, 2]
+    assert table["sampled"].tolist() == [False] * 3 + [True] * 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,60 @@ FORMS = {"F64": "d", "F32": "f", "I64": "q", "I32": "i", "U64": "Q", "U32": "I",
 
 
 def read_trace(folder: Path) -> dict[str, Any]:
-    """{"trace.schema": [...], ..., "step0.token_id": {"dtype", "shape", "values"}, ...}; ValueError if it is no trace."""
+    """What a trace holds, by name: trace.schema, ..., step0.start, step0.token_id, ..., audit2.k_by_slot, ...
+
+    ValueError if it cannot be read, or if a checksum is wrong (SPEC.md, J6).
+    """
     if not (folder / "trace.json").is_file():
-        raise ValueError(f"{folder.name} holds no trace.json")
+        raise ValueError("there is no trace.json")
     about = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {f"trace.{name}": [about.get(name)] for name in ("schema", "version", "level")}
+    keys = ("schema", "version", "level", "dtype", "architecture")
+    found: dict[str, Any] = {f"trace.{key}": [str(about.get(key))] for key in keys}
     found["trace.config"] = [json.dumps(about.get("config"), sort_keys=True)]
-    files = sorted(folder.glob("step-*.safetensors"))
-    found["trace.files"] = [file.name for file in files]
-    for file in files:
-        arrays, metadata = read_safetensors(file.read_bytes())
-        step = metadata.get("step")
-        found |= {f"step{step}.{name}": array for name, array in arrays.items()}
-        found[f"step{step}.start"] = [int(metadata.get("start", -1))]
+    found["trace.files"] = sorted(file.name for file in folder.iterdir())
+    for file in sorted(folder.glob("*.safetensors")):
+        data = file.read_bytes()
+        arrays, metadata = read_safetensors(data)
+        check_sums(file.name, data, metadata)
+        kind = file.name.split("-")[0]
+        name = f"{kind}{metadata.get('step')}"
+        found[f"{name}.format"] = [metadata.get("format", "")]
+        if kind == "step":
+            found[f"{name}.start"] = [int(metadata.get("start", -1))]
+            found[f"{name}.deviations"] = [metadata.get("deviations", "")]
+        found |= {f"{name}.{array}": values for array, values in arrays.items()}
     return found
+
+
+LEVEL_OF = {
+    "weight": "weights",
+    **dict.fromkeys(("score", "q", "k", "v", "z"), "vectors"),
+    **dict.fromkeys(("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final_scale", "logits"), "states"),
+}  # the other arrays are of level writes
+
+
+def check_sums(name: str, data: bytes, metadata: dict[str, str]) -> None:
+    """ValueError unless every level's arrays have the checksum that the metadata says."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length].decode())
+    places: dict[str, list[list[int]]] = {}
+    for array, entry in header.items():
+        if array != "__metadata__":
+            places.setdefault(LEVEL_OF.get(array, "writes"), []).append(entry["data_offsets"])
+    for level, offsets in places.items():
+        found = checksum(b"".join(data[8 + length + begin : 8 + length + end] for begin, end in sorted(offsets)))
+        if found != metadata.get(f"sum.{level}"):
+            raise ValueError(f"{name}: sum.{level} is {metadata.get(f'sum.{level}')}, expected {found} of these bytes (J6)")
+
+
+def checksum(data: bytes) -> str:
+    """J6: CRC-32 of the sums of rows of 4096 bytes, and then of the sums of their 512 columns."""
+    data += bytes(-len(data) % 4096)
+    words = struct.unpack(f"<{len(data) // 8}Q", data)
+    rows = [sum(words[at : at + 512]) for at in range(0, len(words), 512)]
+    columns = [sum(words[i::512]) for i in range(512)]
+    sums = [total % (1 << 64) for total in rows + columns]
+    return f"{zlib.crc32(struct.pack(f'<{len(sums)}Q', *sums)):08x}"
 
 
 def expected_in(file: Path) -> dict[str, Any]:
@@ -43,7 +84,7 @@ def expected_in(file: Path) -> dict[str, Any]:
 def read_safetensors(data: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Arrays by name, and the metadata."""
     (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
+    header = json.loads(data[8 : 8 + length].decode())
     metadata, body = header.pop("__metadata__", {}), data[8 + length :]
     arrays = {}
     for name, entry in header.items():

@@ -9,7 +9,7 @@ import numpy as np
 
 SINCE = "1.0.0"
 OPERATIONS = [2e-6, 1e-5]  # atol, rtol of one operation: sums over fewer than a hundred numbers of size one
-RUNS = [2e-5, 2e-5]  # of whole blocks and runs of the small models: ten times the largest error that was measured
+RUNS = [3e-5, 3e-5]  # of blocks and runs of the small models: five times the largest error of the kernels and of NumPy
 
 
 def case(
