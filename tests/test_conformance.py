@@ -162,20 +162,20 @@ def test_a_program_that_breaks_is_an_error_and_not_a_hang(program: str, status: 
 
 
 def example(**changes: Any) -> dict[str, Any]:
-    expect = {"y": {"shape": [2, 2], "f32": [1.0, 2.0, "inf", "nan"], "hex": "3f800000 40000000 7f800000 7fc00000"}}
+    expect = {"y": {"shape": [2, 2], "f32": [1.0, 2.0, "Infinity", "NaN"], "hex": "3f800000 40000000 7f800000 7fc00000"}}
     return {"id": "a/b", "tol": [1e-6, 1e-5], "expect": expect, "rules": ["L1"], "flags": {}, **changes}
 
 
 @pytest.mark.parametrize(
     "outputs, close, exact",
     [
-        ({"y": [1, 2, "inf", "nan"]}, "pass", "pass"),
-        ({"y": [[1, 2.000001], ["inf", "nan"]]}, "pass", "fail"),
+        ({"y": [1, 2, "Infinity", "NaN"]}, "pass", "pass"),
+        ({"y": [[1, 2.000001], ["Infinity", "NaN"]]}, "pass", "fail"),
         ({"y": "3f80000040000000 7F8000007fc00001"}, "pass", "pass"),  # any NaN is a NaN
-        ({"y": [1, 2.1, "inf", "nan"]}, "fail", "fail"),
-        ({"y": [1, 2, 3e38, "nan"]}, "fail", "fail"),
-        ({"y": [1, 2, "inf", 0]}, "fail", "fail"),
-        ({"y": [1, 2, "inf"]}, "fail", "fail"),
+        ({"y": [1, 2.1, "Infinity", "NaN"]}, "fail", "fail"),
+        ({"y": [1, 2, 3e38, "NaN"]}, "fail", "fail"),
+        ({"y": [1, 2, "Infinity", 0]}, "fail", "fail"),
+        ({"y": [1, 2, "Infinity"]}, "fail", "fail"),
         ({"y": "3f8"}, "fail", "fail"),
         ({"y": ["one"]}, "fail", "fail"),
         ({"z": [1]}, "fail", "fail"),

@@ -191,3 +191,16 @@ def test_damaged_files_do_not_crash_the_c_port(built: Path, tmp_path: Path) -> N
         lines.append(json.dumps({"id": str(number), "op": "open_file", "inputs": inputs, "want": ["names"]}) + "\n")
     done = subprocess.run([built / "adapter-checked"], input="".join(lines), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("\n") == len(lines), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("profile", ["close", "exact"])
+def test_the_javascript_port_passes_levels_0_to_3(profile: str) -> None:
+    if not shutil.which("node"):
+        pytest.skip("no node")
+    done = suite(f"node {ROOT}/examples/ports/js/adapter.mjs", "--profile", profile, "--skipped")
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("SKIP")}
+    core = {
+        name for name in skipped if name.startswith(("kv_head", "reads", "rope", "linear", "rms", "layer_norm", "block", "run"))
+    }
+    assert core == {"run/smollm2", "run/cut", "run/gpt2_hf", "run/gemma3_hf", "run/llama3_hf"}

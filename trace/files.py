@@ -96,13 +96,7 @@ class FileWriter:
         self._level, self._checksum = level, Checksum()
 
     def append(self, pieces: Sequence[Array]) -> None:
-        """Pieces of an array, of one type. They are used at once and not kept."""
-        n = sum(piece.nbytes for piece in pieces)
-        if len(pieces) > 1 and n <= BLOCK - self._fill and self._fill % 8 == 0:  # small ones all in one go
-            room = self._block[self._fill : self._fill + n].view(pieces[0].dtype)
-            np.concatenate([piece.reshape(-1) for piece in pieces], out=room)
-            self._at, self._fill = self._at + n, self._fill + n
-            return
+        """Pieces of an array. They are used at once and not kept."""
         for piece in pieces:
             if piece.size:
                 self._append(np.ascontiguousarray(piece).data.cast("B"))

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 NEEDED = {"pattern": "weights", "scores": "vectors", "final_scale": "states"}  # the level from which a site is wanted
-HELD = 500_000  # bytes of weights that are handed on together: of a short call, those of many layers
 KEPT = {"vectors": ("q", "z"), "states": (*SITES, "final_scale")}  # the sites that a level keeps of those reported as states
 
 
@@ -129,8 +128,6 @@ class Recorder:
         self._writes: list[tuple[int, int, Array, Array]] = []  # layer, first slot, k, v
         self._reads: list[tuple[Slots, Array | None, Array | None]] = []  # scores, and where topk keeps the slots, these
         self._big: dict[str, list[Array]] = {}
-        self._held: list[Array] = []
-        self._held_bytes = 0
         self._edits: list[tuple[int, ...]] = []
         self._deviations: dict[str, str] = {}
         self._writer.begin(self._number)
@@ -154,10 +151,7 @@ class Recorder:
                 src, places = largest(weights, slots, self.topk)
                 weights = np.take_along_axis(weights, places, axis=1)
                 scores = None if scores is None else np.take_along_axis(scores, places, axis=1)
-            self._held.append(weights)
-            self._held_bytes += weights.nbytes
-            if self._held_bytes > HELD:
-                self._hand_on()
+            self._writer.weights(weights)
         self._reads.append((slots, scores, src))
 
     def state(self, site: str, layer: int, start: int, x: Array) -> None:
@@ -175,7 +169,6 @@ class Recorder:
             self._big["logits"] = [self._float("logits", -1, logits)]
         if holds(self.level, "weights") and self.topk is not None:
             self._big["weight_src"] = [src for _, _, src in self._reads if src is not None]
-        self._hand_on()
         self._writer.finish(self._number, self._start, self._small(k, v), self._big, self._deviations)
         self._end = self._length + len(self._tokens)
         self._chunk += 1
@@ -186,15 +179,9 @@ class Recorder:
         self._writer.abandon(self._number)
         self._number, self._end, self._chunk = self._before
         self._audited = min(self._audited, self._number)
-        self._writes, self._reads, self._held, self._big = [], [], [], {}
+        self._writes, self._reads, self._big = [], [], {}
 
     # Details
-
-    def _hand_on(self) -> None:
-        """The weights of the layers so far; they are not kept, so that their memory serves the next ones."""
-        if self._held:
-            self._writer.weights(self._held)
-            self._held, self._held_bytes = [], 0
 
     def _describe(self, model: Transformer) -> None:
         on_disk = isinstance(self._writer, DiskWriter)

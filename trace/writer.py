@@ -37,8 +37,8 @@ class Writer(Protocol):
     def begin(self, number: int) -> None:
         """A call begins."""
 
-    def weights(self, weights: Sequence[Array]) -> None:
-        """The weights of the next layers, [H, R] each."""
+    def weights(self, weights: Array) -> None:
+        """The weights of the next layer, [H, R]. On the disk they are used at once, so that their memory serves the next."""
 
     def finish(self, number: int, start: int, small: Mapping[str, Array], big: Pieces, deviations: Mapping[str, str]) -> None:
         """The call has ended. small: the arrays of level `writes`; big: those of the others, but for the weights."""
@@ -68,8 +68,8 @@ class MemoryWriter:
     def begin(self, number: int) -> None:
         self._weights = []
 
-    def weights(self, weights: Sequence[Array]) -> None:
-        self._weights += weights
+    def weights(self, weights: Array) -> None:
+        self._weights.append(weights)
 
     def finish(self, number: int, start: int, small: Mapping[str, Array], big: Pieces, deviations: Mapping[str, str]) -> None:
         assert self._about is not None
@@ -117,9 +117,9 @@ class DiskWriter:
         if holds(self._about.level, "weights"):
             self._step.section("weights")
 
-    def weights(self, weights: Sequence[Array]) -> None:
+    def weights(self, weights: Array) -> None:
         assert self._step is not None
-        self._step.append(weights)
+        self._step.append((weights,))
 
     def finish(self, number: int, start: int, small: Mapping[str, Array], big: Pieces, deviations: Mapping[str, str]) -> None:
         file, about = self._step, self._about
@@ -198,7 +198,7 @@ def save(trace: Trace, path: str | Path) -> None:
         writer.begin(step.number)
         arrays = dict(step.arrays)
         if "weight" in arrays:
-            writer.weights([arrays.pop("weight")])
+            writer.weights(arrays.pop("weight"))
         small = {stored.name: arrays.pop(stored.name) for stored in SMALL if stored.name in arrays}
         writer.finish(step.number, step.start, small, {name: [array] for name, array in arrays.items()}, step.deviations)
     for audit in trace.audits:

@@ -1,4 +1,4 @@
-"""A tour of the museum: what each bug does to the text, the trace and the picture, and which case catches it.
+"""A tour of the museum: what each bug does to the text, the trace and the picture, and which case of the suite catches it.
 
 python examples/museum/tour.py                            list the bugs
 python examples/museum/tour.py KvHeadModuloG -o pictures  show one, and draw it beside the model as it should be
@@ -105,8 +105,11 @@ def of_trace(right: Run, wrong: Run) -> list[str]:
     lines = told(lambda: [f"  laws broken: {', '.join(each.law for each in wrong.trace.check()) or 'none'}"])
 
     def differs() -> list[str]:
-        first = diff(right.trace, wrong.trace, tolerance=1e-3).first
-        return ["  trace: " + ("nothing differs" if first is None else f"first differs {first[0]}: {first[2]} for {first[1]}")]
+        found = diff(right.trace, wrong.trace, tolerance=1e-3)
+        if found.first is None:
+            return ["  trace: nothing differs"]
+        where, should, is_ = found.first
+        return [f"  trace: first differs {where}: {is_} for {should}"]
 
     return [*lines, *told(differs)]
 

@@ -175,7 +175,7 @@ def _matches(case: Mapping[str, Any], sign: Mapping[str, Any], outputs: Mapping[
 
 
 def as_floats(given: Any) -> Numbers:
-    """Numbers from a list (nested or flat; "inf", "-inf" and "nan" as text), or from float32 bits in hexadecimal."""
+    """Numbers from a list (nested or flat; "Infinity", "-Infinity" and "NaN" as text), or from float32 bits in hexadecimal."""
     if isinstance(given, str):
         return [_float(int(word, 16)) for word in _words(given)]
     return [float(x) for x in flat(given)]

@@ -177,7 +177,7 @@ def told(result: Result, flags: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if result.status == "fail":
         lines += [f"    rules: {', '.join(case['rules'])} (SPEC.md)"]
     lines += [f"    -> {name}: these are the very numbers of a port in which {_meaning(flags[name])}" for name in result.named]
-    if not result.named:
+    if result.status == "fail" and not result.named:
         likely = [name for name in case.get("flags", {}) if flags[name]["bits"] == result.rounding_only]
         lines += [f"    ?  {name}, where {_meaning(flags[name])}" for name in likely[:4]]
     return lines

@@ -33,7 +33,11 @@ const Pair *pair_named(const File *file, const char *format, const char *archite
 
 /* ---- Kinds */
 
-static const struct { int id; const char *name; size_t per_block, bytes; } kinds[] = {
+static const struct {
+    int id;
+    const char *name;
+    size_t per_block, bytes;
+} kinds[] = {
     {0, "F32", 1, 4}, {1, "F16", 1, 2}, {30, "BF16", 1, 2}, {2, "Q4_0", 32, 18}, {3, "Q4_1", 32, 20}, {8, "Q8_0", 32, 34},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
@@ -91,7 +95,8 @@ void dequantise(float *y, const char *kind, const unsigned char *data, size_t co
 /* ---- safetensors */
 
 static size_t size_of_type(const char *type) {
-    static const char *const types[] = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"};
+    static const char *const types[] = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16",
+                                        "I8",  "U64", "U32", "U16",  "U8",  "BOOL"};
     static const size_t sizes[] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1};
     for (size_t i = 0; type && i < sizeof sizes / sizeof *sizes; i++)
         if (strcmp(types[i], type) == 0) return sizes[i];
@@ -107,7 +112,8 @@ static size_t whole(const Json *json) {
 static void read_entry(Tensor *t, const Json *entry, const unsigned char *body, size_t body_size) {
     const Json *shape = member(entry, "shape"), *offsets = member(entry, "data_offsets");
     size_t size = size_of_type(text_of(member(entry, "dtype")));
-    if (!size || !shape || shape->kind != J_LIST || shape->count > 8 || !offsets || offsets->kind != J_LIST || offsets->count != 2)
+    if (!size || !shape || shape->kind != J_LIST || shape->count > 8 || !offsets || offsets->kind != J_LIST ||
+        offsets->count != 2)
         fail("FileFormatError", "array %s is not described as it should be", entry->key);
     *t = (Tensor){.name = entry->key, .kind = text_of(member(entry, "dtype")), .n_dims = shape->count};
     int i = 0;
@@ -117,7 +123,8 @@ static void read_entry(Tensor *t, const Json *entry, const unsigned char *body, 
         size *= t->dims[i++];
     }
     size_t begin = whole(offsets->items), end = whole(offsets->items->next);
-    if (begin > end || end > body_size || end - begin != size) fail("FileFormatError", "array %s does not fit its place", entry->key);
+    if (begin > end || end > body_size || end - begin != size)
+        fail("FileFormatError", "array %s does not fit its place", entry->key);
     t->data = body + begin;
     t->size = size;
 }
@@ -130,13 +137,15 @@ void open_safetensors(File *file, const unsigned char *bytes, size_t size, Arena
     const unsigned char *body = bytes + 8 + length;
     *file = (File){.tensors = take(arena, (size_t)header->count + 1, sizeof(Tensor))};
     for (const Json *entry = header->items; entry; entry = entry->next)
-        if (strcmp(entry->key, "__metadata__") != 0) read_entry(&file->tensors[file->n_tensors++], entry, body, size - 8 - length);
+        if (strcmp(entry->key, "__metadata__") != 0)
+            read_entry(&file->tensors[file->n_tensors++], entry, body, size - 8 - length);
     // They lie one after the other: each begins where another ends, or at the beginning, and their sizes add up to the file's.
     size_t total = 0;
     for (int i = 0; i < file->n_tensors; i++) {
         const Tensor *t = &file->tensors[i];
         bool placed = t->data == body;
-        for (int j = 0; j < file->n_tensors && !placed; j++) placed = j != i && file->tensors[j].data + file->tensors[j].size == t->data;
+        for (int j = 0; j < file->n_tensors && !placed; j++)
+            placed = j != i && file->tensors[j].data + file->tensors[j].size == t->data;
         for (int j = 0; j < i && t->size; j++)
             if (file->tensors[j].data == t->data && file->tensors[j].size) placed = false;
         if (!placed) fail("FileFormatError", "array %s leaves a gap or overlaps another", t->name);
@@ -147,7 +156,11 @@ void open_safetensors(File *file, const unsigned char *bytes, size_t size, Arena
 
 /* ---- GGUF */
 
-typedef struct { const unsigned char *bytes; size_t at, size; Arena *arena; } Cursor;
+typedef struct {
+    const unsigned char *bytes;
+    size_t at, size;
+    Arena *arena;
+} Cursor;
 
 static const unsigned char *skip(Cursor *c, uint64_t n) {
     if (n > c->size - c->at) fail("FileFormatError", "the file ends at byte %zu, in the midst of its header", c->size);
@@ -211,7 +224,8 @@ static void read_info(Cursor *c, Tensor *t, uint64_t *offset) {
     *offset = number(c, 8);
     for (int i = 0; i < N_KINDS; i++)
         if (kinds[i].id == id) {
-            if (t->dims[t->n_dims - 1] % kinds[i].per_block) fail("FileFormatError", "tensor %s has rows of broken blocks", t->name);
+            if (t->dims[t->n_dims - 1] % kinds[i].per_block)
+                fail("FileFormatError", "tensor %s has rows of broken blocks", t->name);
             t->kind = kinds[i].name;
             size_t n_blocks = count / kinds[i].per_block;
             t->size = n_blocks > SIZE_MAX / kinds[i].bytes ? SIZE_MAX : n_blocks * kinds[i].bytes;
@@ -225,7 +239,8 @@ void open_gguf(File *file, const unsigned char *bytes, size_t size, Arena *arena
     uint64_t version = number(&c, 4), n_tensors = number(&c, 8), n_pairs = number(&c, 8);
     if (version != 2 && version != 3) fail("FileFormatError", "GGUF version %d", (int)version);
     if (n_pairs > size || n_tensors > size) fail("FileFormatError", "more pairs or tensors than the file has bytes");
-    *file = (File){.pairs = take(arena, (size_t)n_pairs + 1, sizeof(Pair)), .tensors = take(arena, (size_t)n_tensors + 1, sizeof(Tensor))};
+    *file = (File){.pairs = take(arena, (size_t)n_pairs + 1, sizeof(Pair)),
+                   .tensors = take(arena, (size_t)n_tensors + 1, sizeof(Tensor))};
     for (; (uint64_t)file->n_pairs < n_pairs; file->n_pairs++) {
         Pair *pair = &file->pairs[file->n_pairs];
         pair->key = string(&c);
@@ -233,7 +248,8 @@ void open_gguf(File *file, const unsigned char *bytes, size_t size, Arena *arena
         pair->number = value(&c, type, &pair->text, 0);
     }
     uint64_t *offsets = take(arena, (size_t)n_tensors + 1, sizeof *offsets);
-    for (; (uint64_t)file->n_tensors < n_tensors; file->n_tensors++) read_info(&c, &file->tensors[file->n_tensors], &offsets[file->n_tensors]);
+    for (; (uint64_t)file->n_tensors < n_tensors; file->n_tensors++)
+        read_info(&c, &file->tensors[file->n_tensors], &offsets[file->n_tensors]);
     const Pair *said = pair_named(file, "general.alignment%s", "");
     size_t alignment = said ? (size_t)said->number : 32;
     if (!alignment || alignment & (alignment - 1)) fail("FileFormatError", "an alignment that is no power of two");

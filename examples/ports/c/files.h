@@ -33,10 +33,14 @@ const Pair *pair_named(const File *file, const char *format, const char *archite
 bool can_dequantise(const char *kind);
 void dequantise(float *y, const char *kind, const unsigned char *data, size_t count);   // C6
 
+/* config.c */
+Config config_of_json(const Json *json, Arena *arena);                       // the suite's plain form, C1
+Config config_of_hf(const Json *json, const char *family, Arena *arena);     // a Hugging Face folder's config.json, C4
+Config config_of_gguf(const File *file, const char *arch, Arena *arena);     // a GGUF file's pairs, C5
+
 /* load.c */
 typedef enum { PLAIN, LLAMA, GEMMA, GPT2, GGUF, GGUF_GPT2 } Naming;
 
-Config config_of_json(const Json *json, Arena *arena);  // the suite's plain form, C1
 void load_arrays(Model *model, const File *file, Naming naming);
 
 #endif

@@ -6,7 +6,10 @@
 
 enum { MAX_DEPTH = 64 };
 
-typedef struct { const char *at, *end; Arena *arena; } Reader;
+typedef struct {
+    const char *at, *end;
+    Arena *arena;
+} Reader;
 
 static _Noreturn void bad(const char *what) { fail("FileFormatError", "JSON: %s", what); }
 
@@ -39,7 +42,8 @@ static int hex4(Reader *r) {
 static char *put_utf8(char *out, long c) {
     if (c < 0x80) *out++ = (char)c;
     else if (c < 0x800) *out++ = (char)(0xC0 | c >> 6), *out++ = (char)(0x80 | (c & 63));
-    else if (c < 0x10000) *out++ = (char)(0xE0 | c >> 12), *out++ = (char)(0x80 | (c >> 6 & 63)), *out++ = (char)(0x80 | (c & 63));
+    else if (c < 0x10000)
+        *out++ = (char)(0xE0 | c >> 12), *out++ = (char)(0x80 | (c >> 6 & 63)), *out++ = (char)(0x80 | (c & 63));
     else {
         *out++ = (char)(0xF0 | c >> 18), *out++ = (char)(0x80 | (c >> 12 & 63));
         *out++ = (char)(0x80 | (c >> 6 & 63)), *out++ = (char)(0x80 | (c & 63));
@@ -119,7 +123,10 @@ static void parse_entries(Reader *r, Json *json, int depth, char close) {
 }
 
 static void parse_value(Reader *r, Json *json, int depth) {
-    static const struct { const char *word; JsonKind kind; } words[] = {{"null", J_NULL}, {"false", J_FALSE}, {"true", J_TRUE}};
+    static const struct {
+        const char *word;
+        JsonKind kind;
+    } words[] = {{"null", J_NULL}, {"false", J_FALSE}, {"true", J_TRUE}};
     if (depth > MAX_DEPTH) bad("too deeply nested");
     char c = next(r);
     if (c == '{' || c == '[') {

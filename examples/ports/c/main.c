@@ -1,8 +1,8 @@
 /* nanokv MODEL [options] TOKEN...   Goes on from token ids, greedily or by chance, and may leave a trace.
 
-   MODEL is a .gguf file, a Hugging Face folder, or a folder of the conformance suite. Options: -n N new tokens (16), -t TEMPERATURE
-   (0: greedy), -k TOP_K, -p TOP_P, -s SEED, -e TOKEN that ends the text, -o NAME.nkv a trace of level -l writes, weights, vectors or
-   states (weights). With -n 0 the last position's logits are printed, as the bits of float32. */
+   MODEL is a .gguf file, a Hugging Face folder, or a folder of the conformance suite. Options: -n N new tokens (16),
+   -t TEMPERATURE (0: greedy), -k TOP_K, -p TOP_P, -s SEED, -e TOKEN that ends the text, -o NAME.nkv a trace, of level
+   -l writes, weights, vectors or states (weights). With -n 0 the last position's logits are printed, as bits of float32. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,7 +19,8 @@ typedef struct {
 } Options;
 
 static void usage(void) {
-    fprintf(stderr, "nanokv MODEL [-n new tokens] [-t temperature] [-k top_k] [-p top_p] [-s seed] [-e stop] [-o trace.nkv] [-l level] TOKEN...\n");
+    fprintf(stderr, "nanokv MODEL [-n new tokens] [-t temperature] [-k top_k] [-p top_p] [-s seed] [-e stop] [-o trace.nkv] "
+                    "[-l level] TOKEN...\n");
     exit(2);
 }
 
@@ -61,7 +62,8 @@ int main(int argc, char **argv) {
 
     const float *logits = call(&model, &cache, o.tokens, o.n_tokens, o.trace ? &trace : NULL, false);
     for (int i = 0; i < o.n_new; i++) {  // G4
-        int token = o.how.temperature == 0 ? greedy(logits, model.config.vocab_size) : sample(logits, model.config.vocab_size, &o.how, &random);
+        int token = o.how.temperature == 0 ? greedy(logits, model.config.vocab_size)
+                                           : sample(logits, model.config.vocab_size, &o.how, &random);
         if (token == o.stop) break;
         printf("%d ", token);
         fflush(stdout);

@@ -6,7 +6,10 @@
 
 #include "nanokv.h"
 
-struct Chunk { Chunk *next; max_align_t data[]; };
+struct Chunk {
+    Chunk *next;
+    max_align_t data[];
+};
 
 void *take(Arena *arena, size_t count, size_t size) {
     if (size && count > (SIZE_MAX - sizeof(Chunk)) / size) fail("NanokvError", "%zu times %zu bytes are too many", count, size);

@@ -1,5 +1,5 @@
-/* The arithmetic, the cache and the forward pass. Compile with -ffp-contract=off and without -ffast-math: every operation rounds
-   once (N1), and fmaf rounds a product and a sum once (N2). */
+/* The arithmetic, the cache and the forward pass. Compile with -ffp-contract=off and without -ffast-math: every operation
+   rounds once (N1), and fmaf rounds a product and a sum once (N2). */
 #include <math.h>
 #include <string.h>
 
@@ -207,7 +207,8 @@ void cache_need(const Cache *c, int layer, int end) {  // K2
 
 void cache_commit(Cache *c, int n) {  // K3
     for (int l = 0; l < c->n_layers; l++)
-        if (c->written[l] != c->length + n) fail("CacheError", "layer %d has %d slots, not %d", l, c->written[l], c->length + n);
+        if (c->written[l] != c->length + n)
+            fail("CacheError", "layer %d has %d slots, not %d", l, c->written[l], c->length + n);
     c->length += n;
 }
 
@@ -220,8 +221,8 @@ int first_slot(int pos, int window) { return window && pos + 1 > window ? pos + 
 int window_of(const Config *p, int layer) { return p->sliding[layer] ? p->window : 0; }
 
 /* z [H, hd] = what position pos finds in slots first to pos. scores and weights [H, pos + 1 - first] are filled on the way. */
-void attention(float *z, const float *q, const Cache *c, int layer, int first, int pos, int n_heads, float scale,
-               float *scores, float *weights) {
+void attention(float *z, const float *q, const Cache *c, int layer, int first, int pos, int n_heads, float scale, float *scores,
+               float *weights) {
     int hd = c->head_dim, n = pos + 1 - first;
     cache_need(c, layer, pos + 1);
     for (int h = 0; h < n_heads; h++, q += hd, z += hd, scores += n, weights += n) {
@@ -335,5 +336,6 @@ void check_call(const Model *m, const Cache *c, const int *tokens, int n) {
         if (tokens[i] < 0 || tokens[i] >= m->config.vocab_size)
             fail("TokenError", "token %d is not in the vocabulary of %d", tokens[i], m->config.vocab_size);
     if (n > c->n_ctx - c->length)
-        fail("ContextFullError", "%d positions are in the cache and %d more were given, but the context has %d", c->length, n, c->n_ctx);
+        fail("ContextFullError", "%d positions are in the cache and %d more were given, but the context has %d", c->length, n,
+             c->n_ctx);
 }

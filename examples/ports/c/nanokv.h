@@ -1,7 +1,7 @@
 /* A decoder-only transformer with a key/value cache: what there is, in the order in which one reads it.
 
-   Letters: L layers, H query heads, G key/value heads, hd features of a head, D width of the stream, F width of the MLP, V tokens,
-   P = hd/2 pairs, S positions in the cache. Labels such as A2 are the rules of tests/conformance/SPEC.md. */
+   Letters: L layers, H query heads, G key/value heads, hd features of a head, D width of the stream, F width of the MLP,
+   V tokens, P = hd/2 pairs, S positions in the cache. Labels such as A2 are the rules of tests/conformance/SPEC.md. */
 #ifndef NANOKV_H
 #define NANOKV_H
 
@@ -80,8 +80,8 @@ typedef struct {
     Arena arena;             // where all of this lies
 } Model;
 
-void load_model(Model *model, const char *path);  // a .gguf file, a Hugging Face folder, or one in the suite's plain form: load.c
-void check_config(Config *config, Arena *arena);  // C3; fills in frequencies
+void load_model(Model *model, const char *path);  // a .gguf file, a Hugging Face folder, or the suite's plain form: load.c
+void check_config(Config *config, Arena *arena);  // C3; fills in frequencies: config.c
 
 /* ---- The cache (K): all that a position leaves to those after it */
 
@@ -128,9 +128,9 @@ typedef struct {             // told of every state on the way; NULL: nobody wat
 int kv_head(int head, int n_heads, int n_kv_heads);   // I1
 int first_slot(int pos, int window);                  // I2
 int window_of(const Config *config, int layer);       // 0: none
-void pair(int *first, int *second, int i, int head_dim, bool neighbours);                         // I4
+void pair(int *first, int *second, int i, int head_dim, bool neighbours);                        // I4
 
-void check_call(const Model *model, const Cache *cache, const int *tokens, int n);               // E1, K5: refuses, or changes nothing
+void check_call(const Model *model, const Cache *cache, const int *tokens, int n);               // E1, K5: refuses
 const float *forward(Model *model, Cache *cache, int token, const Observer *observer);           // logits [V]
 void block(Model *model, Cache *cache, int layer, int pos, float *x, const Observer *observer);  // x [D], in place
 

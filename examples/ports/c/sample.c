@@ -19,7 +19,8 @@ void pcg32_seed(Pcg32 *random, uint64_t seed, uint64_t stream) {
 }
 
 void check_sampling(const Sampling *how) {
-    if (!(how->temperature >= 0 && how->temperature < INFINITY)) fail("NanokvError", "the temperature must be 0 or a positive number");
+    if (!(how->temperature >= 0 && how->temperature < INFINITY))
+        fail("NanokvError", "the temperature must be 0 or a positive number");
     if (how->top_k < 0) fail("NanokvError", "top_k must be 1 or more");
     if (!(how->top_p >= 0 && how->top_p <= 1)) fail("NanokvError", "top_p must be above 0 and at most 1");
 }
@@ -31,7 +32,11 @@ int greedy(const float *logits, int n) {  // G2
     return best;
 }
 
-typedef struct { float logit; int id; double cumulative; } Choice;
+typedef struct {
+    float logit;
+    int id;
+    double cumulative;
+} Choice;
 
 static int by_falling_logit(const void *a, const void *b) {
     const Choice *x = a, *y = b;

@@ -31,7 +31,7 @@ static uint64_t get_little(const unsigned char *bytes, int n) {
     return x;
 }
 
-/* Rows of 4096 bytes, the last filled up with zeros, as 64-bit numbers: CRC-32 of the rows' sums, then of the 512 columns' sums. */
+/* Rows of 4096 bytes, the last filled up with zeros, as 64-bit numbers: CRC-32 of the rows' sums, then of the columns' sums. */
 static uint32_t checksum(const unsigned char *bytes, size_t n) {
     enum { ROW = 4096 };
     uint64_t columns[ROW / 8] = {0};
@@ -98,11 +98,15 @@ static void write_arrays(const char *path, const char *about, const Array *array
                 const Array *a = &arrays[i];
                 size_t from = (size_t)(end - bytes);
                 end = serialised(a, end);
-                at += (size_t)snprintf(entries + at, sizeof entries - at, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", a->name, a->type);
-                for (int d = 0; d < a->n_dims; d++) at += (size_t)snprintf(entries + at, sizeof entries - at, d ? ",%zu" : "%zu", a->dims[d]);
-                at += (size_t)snprintf(entries + at, sizeof entries - at, "],\"data_offsets\":[%zu,%zu]}", from, (size_t)(end - bytes));
+                at += (size_t)snprintf(entries + at, sizeof entries - at, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", a->name,
+                                       a->type);
+                for (int d = 0; d < a->n_dims; d++)
+                    at += (size_t)snprintf(entries + at, sizeof entries - at, d ? ",%zu" : "%zu", a->dims[d]);
+                at += (size_t)snprintf(entries + at, sizeof entries - at, "],\"data_offsets\":[%zu,%zu]}", from,
+                                       (size_t)(end - bytes));
             }
-        used += (size_t)snprintf(header + used, 8192 - used, ",\"sum.%s\":\"%08x\"", levels[l], (unsigned)checksum(begin, (size_t)(end - begin)));
+        used += (size_t)snprintf(header + used, 8192 - used, ",\"sum.%s\":\"%08x\"", levels[l],
+                                 (unsigned)checksum(begin, (size_t)(end - begin)));
     }
     used += (size_t)snprintf(header + used, 8192 - used, "}%s}", entries);
     while (used % 8 && used < 8191) header[used++] = ' ';
@@ -129,11 +133,13 @@ static Array *named(Trace *t, const char *name) {
 static void add_states(Trace *t) {
     static const char *const sites[] = {"resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"};
     const Config *p = t->config;
-    size_t L = (size_t)p->n_layers, T = (size_t)t->T, H = (size_t)p->n_heads, G = (size_t)p->n_kv_heads, hd = (size_t)p->head_dim, reads = 0;
+    size_t L = (size_t)p->n_layers, T = (size_t)t->T, H = (size_t)p->n_heads, G = (size_t)p->n_kv_heads,
+           hd = (size_t)p->head_dim, reads = 0;
     t->reads_before = take(&t->arena, L * (T + 1), sizeof(size_t));
     for (int l = 0; l < p->n_layers; l++) {
         size_t *before = t->reads_before + (size_t)l * (T + 1);
-        for (int i = 0; i < t->T; i++) before[i + 1] = before[i] + (size_t)(t->start + i + 1 - first_slot(t->start + i, window_of(p, l)));
+        for (int i = 0; i < t->T; i++)
+            before[i + 1] = before[i] + (size_t)(t->start + i + 1 - first_slot(t->start + i, window_of(p, l)));
         reads += before[T];
     }
     add(t, "weight", "F32", 1, 1, H * reads, 0, 0, 0);
@@ -165,10 +171,12 @@ static void record(void *self, const char *site, int layer, int pos, const float
     if (weights || scores) {  // layer by layer, each [H, R]
         const size_t *before = t->reads_before + (size_t)layer * (size_t)(t->T + 1);
         for (int l = 0; l < layer; l++) out += (size_t)H * t->reads_before[(size_t)l * (size_t)(t->T + 1) + (size_t)t->T];
-        for (int h = 0; h < H; h++) memcpy(out + (size_t)h * before[t->T] + before[at], x + h * (n / H), (size_t)(n / H) * sizeof(float));
+        for (int h = 0; h < H; h++)
+            memcpy(out + (size_t)h * before[t->T] + before[at], x + h * (n / H), (size_t)(n / H) * sizeof(float));
         return;
     }
-    memcpy(out + ((size_t)(layer % t->config->n_layers) * t->T + at) * n, x, (size_t)n * sizeof(float));  // logits come from layer L
+    memcpy(out + ((size_t)(layer % t->config->n_layers) * t->T + at) * n, x,
+           (size_t)n * sizeof(float));  // logits come from layer L
     if (strcmp(site, "resid_post") == 0 && layer == t->config->n_layers - 1)
         ((float *)named(t, "final_scale")->data)[at] = final_scale(t->config, x);
 }
@@ -176,7 +184,8 @@ static void record(void *self, const char *site, int layer, int pos, const float
 /* The arrays of level writes: what was appended, written and read, in whole numbers and hashes. */
 static void add_writes(Trace *t, const int *tokens, bool sampled) {
     const Config *p = t->config;
-    size_t L = (size_t)p->n_layers, T = (size_t)t->T, H = (size_t)p->n_heads, G = (size_t)p->n_kv_heads, hd = (size_t)p->head_dim;
+    size_t L = (size_t)p->n_layers, T = (size_t)t->T, H = (size_t)p->n_heads, G = (size_t)p->n_kv_heads,
+           hd = (size_t)p->head_dim;
     for (int i = 0; i < 2; i++) {
         const float *x = named(t, i ? "v" : "k")->data;
         uint64_t *hash = add(t, i ? "v_hash" : "k_hash", "U64", 0, 3, L, T, G, 0);
@@ -225,7 +234,8 @@ const float *call(Model *m, Cache *cache, const int *tokens, int n, Trace *t, bo
         char path[600], about[200];
         add_writes(t, tokens, sampled);
         snprintf(path, sizeof path, "%s/step-%06d.safetensors", t->folder, t->n_steps);
-        snprintf(about, sizeof about, "\"format\":\"nanokv-trace-step 1\",\"step\":\"%d\",\"start\":\"%d\"", t->n_steps, t->start);
+        snprintf(about, sizeof about, "\"format\":\"nanokv-trace-step 1\",\"step\":\"%d\",\"start\":\"%d\"", t->n_steps,
+                 t->start);
         write_arrays(path, about, t->arrays, t->n_arrays, t->level, &t->arena);
         free_arena(&t->arena);
         t->chunk++;
@@ -248,16 +258,29 @@ static void put_rope(FILE *out, const char *name, const Rope *rope, int pairs) {
 
 static void put_config(FILE *out, const Config *p) {  // C1, every field
     static const char *const norms[] = {"rms", "layer", "none"}, *const activations[] = {"silu", "gelu_tanh", "gelu", "relu"};
-    const struct { const char *name; bool value; } flags[] = {
-        {"learned_positions", p->learned_positions}, {"gated_mlp", p->gated_mlp}, {"qkv_bias", p->qkv_bias}, {"out_bias", p->out_bias},
-        {"mlp_bias", p->mlp_bias}, {"qk_norm", p->qk_norm}, {"post_norms", p->post_norms}, {"tied_head", p->tied_head}};
-    fprintf(out, "{\n \"n_layers\": %d, \"n_heads\": %d, \"n_kv_heads\": %d, \"head_dim\": %d,\n", p->n_layers, p->n_heads, p->n_kv_heads, p->head_dim);
-    fprintf(out, " \"d_model\": %d, \"d_ff\": %d, \"vocab_size\": %d, \"n_ctx\": %d,\n", p->d_model, p->d_ff, p->vocab_size, p->n_ctx);
-    fprintf(out, " \"norm\": \"%s\", \"norm_eps\": %.17g, \"activation\": \"%s\",\n", norms[p->norm], p->norm_eps, activations[p->activation]);
+    const struct {
+        const char *name;
+        bool value;
+    } flags[] = {{"learned_positions", p->learned_positions},
+                 {"gated_mlp", p->gated_mlp},
+                 {"qkv_bias", p->qkv_bias},
+                 {"out_bias", p->out_bias},
+                 {"mlp_bias", p->mlp_bias},
+                 {"qk_norm", p->qk_norm},
+                 {"post_norms", p->post_norms},
+                 {"tied_head", p->tied_head}};
+    fprintf(out, "{\n \"n_layers\": %d, \"n_heads\": %d, \"n_kv_heads\": %d, \"head_dim\": %d,\n", p->n_layers, p->n_heads,
+            p->n_kv_heads, p->head_dim);
+    fprintf(out, " \"d_model\": %d, \"d_ff\": %d, \"vocab_size\": %d, \"n_ctx\": %d,\n", p->d_model, p->d_ff, p->vocab_size,
+            p->n_ctx);
+    fprintf(out, " \"norm\": \"%s\", \"norm_eps\": %.17g, \"activation\": \"%s\",\n", norms[p->norm], p->norm_eps,
+            activations[p->activation]);
     put_rope(out, "rope", &p->rope, p->head_dim / 2);
     put_rope(out, "rope_local", &p->rope_local, p->head_dim / 2);
-    fprintf(out, " \"rope_pairs\": \"%s\", \"attn_scale\": %.17g, \"embed_scale\": %.17g,\n", p->neighbours ? "neighbours" : "halves", p->attn_scale, p->embed_scale);
-    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) fprintf(out, " \"%s\": %s,\n", flags[i].name, flags[i].value ? "true" : "false");
+    fprintf(out, " \"rope_pairs\": \"%s\", \"attn_scale\": %.17g, \"embed_scale\": %.17g,\n",
+            p->neighbours ? "neighbours" : "halves", p->attn_scale, p->embed_scale);
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
+        fprintf(out, " \"%s\": %s,\n", flags[i].name, flags[i].value ? "true" : "false");
     if (p->window) fprintf(out, " \"window\": %d,\n", p->window);
     else fprintf(out, " \"window\": null,\n");
     fprintf(out, " \"sliding\": [");
@@ -276,7 +299,8 @@ void begin_trace(Trace *t, const char *folder, const char *level, const Config *
     snprintf(path, sizeof path, "%s/trace.json", folder);
     FILE *out = fopen(path, "wb");
     if (!out) fail("TraceError", "%s cannot be written", path);
-    fprintf(out, "{\"schema\": \"nanokv-trace\", \"version\": 1, \"level\": \"%s\", \"topk\": null, \"dtype\": \"float32\",\n", level);
+    fprintf(out, "{\"schema\": \"nanokv-trace\", \"version\": 1, \"level\": \"%s\", \"topk\": null, \"dtype\": \"float32\",\n",
+            level);
     fprintf(out, "\"architecture\": \"standard\", \"model_hash\": \"\", \"model_name\": \"\",\n\"config\": ");
     put_config(out, config);
     fprintf(out, "}\n");

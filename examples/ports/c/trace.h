@@ -26,7 +26,7 @@ typedef struct {
 void begin_trace(Trace *trace, const char *folder, const char *level, const Config *config);
 void end_trace(Trace *trace, const Cache *cache);
 
-/* One call: the tokens are appended to the cache; logits [V] of the last one. trace NULL: leaves none. sampled: the model chose them. */
+/* One call: tokens are appended to the cache; logits [V] of the last. trace NULL: it leaves none. sampled: the model's own. */
 const float *call(Model *model, Cache *cache, const int *tokens, int n, Trace *trace, bool sampled);
 
 #endif

@@ -34,6 +34,9 @@ def case(
     return made
 
 
+UNSAID = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}  # as most languages parse them
+
+
 def as_input(value: Any) -> Any:
     """Arrays as {"shape", "f32"}; anything else as it is."""
     if isinstance(value, np.ndarray):
@@ -43,7 +46,7 @@ def as_input(value: Any) -> Any:
 
 def decimals(array: np.ndarray) -> list[Any]:
     """Numbers of nine significant digits, enough to give any float32 back; what JSON lacks, as text."""
-    return [float(f"{x:.9g}") if np.isfinite(x) else str(float(x)) for x in array.reshape(-1).tolist()]
+    return [float(f"{x:.9g}") if np.isfinite(x) else UNSAID[str(float(x))] for x in array.reshape(-1).tolist()]
 
 
 def hexadecimal(array: np.ndarray) -> str:

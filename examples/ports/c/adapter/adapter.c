@@ -21,7 +21,7 @@ Floats floats(const char *name) {  // {"shape": [...], "f32": [...]}; dims from 
     if (!list) return (Floats){NULL, 0, {0, 0, 0}};
     Floats f = {take(&scratch, (size_t)list->count + 1, sizeof(float)), 0, {1, 1, 1}};
     for (const Json *x = list->items; x; x = x->next)
-        f.x[f.n++] = x->kind == J_NUMBER ? (float)x->number : strcmp(x->text, "nan") == 0 ? NAN : x->text[0] == '-' ? -INFINITY : INFINITY;
+        f.x[f.n++] = (float)strtod(x->text, NULL);  // what is no number is NaN or an infinity, as text
     int at = 3 - shape->count;
     for (const Json *d = shape->items; d; d = d->next) f.dims[at++] = (int)d->number;
     return f;
@@ -119,8 +119,7 @@ static void answer(const Json *request) {
         printf("\"skip\": \"%s\"}\n", operation ? "no edges can be cut" : "token ids in and out, no text");
     else if (strcmp(operation->op, "dequantise") == 0 && !can_dequantise(word("kind")))
         printf("\"skip\": \"weights of this kind are not implemented\"}\n");
-    else if (run_safely(operation->answer, &failure))
-        printf(any_output ? "}}\n" : "\"outputs\": {}}\n");
+    else if (run_safely(operation->answer, &failure)) printf(any_output ? "}}\n" : "\"outputs\": {}}\n");
     else {  // before any output, so that the error takes its place
         printf("\"error\": \"%s\", \"message\": ", failure.kind);
         print_text(failure.message);

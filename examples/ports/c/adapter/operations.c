@@ -16,7 +16,8 @@ static void answer_kv_head(void) {
 
 static void answer_reads(void) {
     int start = whole("start", 0), n = whole("n", 0), r = 0;
-    int *dst = take(&scratch, (size_t)n * (start + n), sizeof(int)), *src = take(&scratch, (size_t)n * (start + n), sizeof(int));
+    int *dst = take(&scratch, (size_t)n * (start + n), sizeof(int)),
+        *src = take(&scratch, (size_t)n * (start + n), sizeof(int));
     for (int pos = start; pos < start + n; pos++)
         for (int slot = first_slot(pos, whole("window", 0)); slot <= pos; slot++) dst[r] = pos, src[r++] = slot;
     put_whole("dst", dst, r);
@@ -32,7 +33,8 @@ static void answer_rope_pairs(void) {
 static void answer_offset(void) {
     int offset = 0;
     const Json *index = member(inputs, "index")->items;
-    for (const Json *n = member(inputs, "shape")->items; n; n = n->next, index = index->next) offset = offset * (int)n->number + (int)index->number;
+    for (const Json *n = member(inputs, "shape")->items; n; n = n->next, index = index->next)
+        offset = offset * (int)n->number + (int)index->number;
     put_whole("offset", &offset, 1);
 }
 
@@ -41,7 +43,10 @@ static void answer_offset(void) {
 static void answer_number(void) {
     const char *name = word("function");
     Floats x = floats("x"), a = floats("a"), b = floats("b"), c = floats("c");
-    float (*function)(float) = strcmp(name, "exp") == 0 ? exp32 : strcmp(name, "tanh") == 0 ? tanh32 : strcmp(name, "erf") == 0 ? erf32 : NULL;
+    float (*function)(float) = strcmp(name, "exp") == 0    ? exp32
+                               : strcmp(name, "tanh") == 0 ? tanh32
+                               : strcmp(name, "erf") == 0  ? erf32
+                                                           : NULL;
     if (function) {
         for (int i = 0; i < x.n; i++) x.x[i] = function(x.x[i]);
         put("y", x.x, x.n);
@@ -49,7 +54,7 @@ static void answer_number(void) {
         for (int i = 0; i < a.n; i++) a.x[i] = fmaf(a.x[i], b.x[i], c.x[i]);
         put("y", a.x, a.n);
     } else {
-        float y = strcmp(name, "sum") == 0      ? sum16(x.x, x.n, whole("first", 0))
+        float y = strcmp(name, "sum") == 0       ? sum16(x.x, x.n, whole("first", 0))
                   : strcmp(name, "maximum") == 0 ? maximum(x.x, x.n)
                                                  : sum16_squares(x.x, x.n);
         put("y", &y, 1);
@@ -109,7 +114,8 @@ static void answer_attention(void) {
     Cache cache = {1, S, k.dims[1], hd, 0, &S, k.x, v.x, {NULL}};
     for (int t = 0; t < T; t++) reads += S - T + t + 1 - first_slot(S - T + t, window);
     size_t all = (size_t)H * reads;
-    float *rows = take(&scratch, 2 * all, sizeof(float)), *scores = take(&scratch, 2 * all, sizeof(float)), *weights = scores + all;
+    float *rows = take(&scratch, 2 * all, sizeof(float)), *scores = take(&scratch, 2 * all, sizeof(float)),
+          *weights = scores + all;
     for (int t = 0; t < T; t++) {
         int pos = S - T + t, first = first_slot(pos, window), n = pos + 1 - first;
         attention(q.x + t * H * hd, q.x + t * H * hd, &cache, 0, first, pos, H, (float)real("scale", 1), rows, rows + all);
@@ -146,7 +152,8 @@ static void answer_dequantise(void) {
 static void answer_hash_words(void) {
     Floats x = floats("x");
     begin_output("hash");
-    for (int t = 0; t < x.dims[1]; t++) printf("%s\"%016llx\"", t ? ", " : "[", (unsigned long long)hash_words(x.x + t * x.dims[2], x.dims[2]));
+    for (int t = 0; t < x.dims[1]; t++)
+        printf("%s\"%016llx\"", t ? ", " : "[", (unsigned long long)hash_words(x.x + t * x.dims[2], x.dims[2]));
     printf("]");
 }
 
@@ -154,7 +161,8 @@ static void answer_hash_words(void) {
 
 static Sampling sampling(void) {
     Sampling how = {real("temperature", 0), real("top_p", 0), whole("top_k", 0)};
-    if ((member(inputs, "top_k") && !how.top_k) || (member(inputs, "top_p") && !how.top_p)) how.top_k = -1;  // 0 is not "all" here
+    if ((member(inputs, "top_k") && !how.top_k) || (member(inputs, "top_p") && !how.top_p))
+        how.top_k = -1;  // 0 is not "all" here
     check_sampling(&how);
     return how;
 }
@@ -186,7 +194,8 @@ static void answer_sample(void) {
 static void answer_generate(void) {
     Sampling how = sampling();
     Pcg32 random;
-    int n, n_stop, n_made = 0, *tokens = whole_list(member(inputs, "tokens"), &n), *stop = whole_list(member(inputs, "stop"), &n_stop);
+    int n, n_stop, n_made = 0, *tokens = whole_list(member(inputs, "tokens"), &n),
+                   *stop = whole_list(member(inputs, "stop"), &n_stop);
     int most = whole("max_new_tokens", 0), *made = take(&scratch, (size_t)most + 1, sizeof(int));
     Model *m = the_model();
     new_cache(&cache, &m->config);
@@ -195,7 +204,8 @@ static void answer_generate(void) {
     const float *logits = NULL;
     for (int t = 0; t < n; t++) logits = forward(m, &cache, tokens[t], NULL);
     for (; n_made < most; n_made++) {
-        int token = how.temperature == 0 ? greedy(logits, m->config.vocab_size) : sample(logits, m->config.vocab_size, &how, &random);
+        int token = how.temperature == 0 ? greedy(logits, m->config.vocab_size)
+                                         : sample(logits, m->config.vocab_size, &how, &random);
         for (int i = 0; i < n_stop; i++)
             if (token == stop[i]) most = -1;
         if (most < 0) break;
@@ -261,10 +271,26 @@ static void answer_open_file(void) {
     printf("]");
 }
 
-const Operation operations[] = {
-    {"kv_head", answer_kv_head}, {"reads", answer_reads}, {"rope_pairs", answer_rope_pairs}, {"offset", answer_offset},
-    {"number", answer_number}, {"linear", answer_linear}, {"dequantise", answer_dequantise}, {"rms_norm", answer_norm},
-    {"layer_norm", answer_norm}, {"rope_table", answer_rope_table}, {"rope", answer_rope}, {"activate", answer_activate},
-    {"attention", answer_attention}, {"hash_words", answer_hash_words}, {"pcg32", answer_pcg32}, {"greedy", answer_greedy},
-    {"sample", answer_sample}, {"generate", answer_generate}, {"cache", answer_cache}, {"check_config", answer_check_config},
-    {"check_weights", answer_check_weights}, {"open_file", answer_open_file}, {NULL, NULL}};
+const Operation operations[] = {{"kv_head", answer_kv_head},
+                                {"reads", answer_reads},
+                                {"rope_pairs", answer_rope_pairs},
+                                {"offset", answer_offset},
+                                {"number", answer_number},
+                                {"linear", answer_linear},
+                                {"dequantise", answer_dequantise},
+                                {"rms_norm", answer_norm},
+                                {"layer_norm", answer_norm},
+                                {"rope_table", answer_rope_table},
+                                {"rope", answer_rope},
+                                {"activate", answer_activate},
+                                {"attention", answer_attention},
+                                {"hash_words", answer_hash_words},
+                                {"pcg32", answer_pcg32},
+                                {"greedy", answer_greedy},
+                                {"sample", answer_sample},
+                                {"generate", answer_generate},
+                                {"cache", answer_cache},
+                                {"check_config", answer_check_config},
+                                {"check_weights", answer_check_weights},
+                                {"open_file", answer_open_file},
+                                {NULL, NULL}};

@@ -24,7 +24,12 @@ Model *the_model(void) {  // kept from request to request
 }
 
 typedef struct Seen Seen;
-struct Seen { Seen *next; const char *site; int layer, pos, n; float *x; };
+struct Seen {
+    Seen *next;
+    const char *site;
+    int layer, pos, n;
+    float *x;
+};
 
 static Seen *seen, **seen_end = &seen;
 
