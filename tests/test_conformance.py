@@ -143,6 +143,12 @@ def test_the_runner_says_by_its_exit_status_what_happened(tmp_path: Path) -> Non
     assert "kv_head/six_of_two: pass -> fail" in changed and "reads/" not in changed
 
 
+def test_the_runner_needs_no_package() -> None:
+    command = [sys.executable, "-S", str(SUITE / "run.py"), "--program", "/no/such/port", "--dump-tests", "--level", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env={})
+    assert done.returncode == 0 and '"run/llama_in_parts"' in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     "program, status, reason",
     [

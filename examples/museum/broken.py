@@ -54,9 +54,6 @@ class BrokenOps:
     def rms_norm(self, x: Array, w: Array, eps: float) -> Array:  # [..., K], [K] -> [..., K]
         return x * self.rms_scale(x, eps)[..., None] * w
 
-    def layer_scale(self, x: Array, eps: float) -> Array:  # [..., K] -> [...]
-        return self.rms_scale(x - np.mean(x, axis=-1, keepdims=True), eps)
-
     def layer_norm(self, x: Array, w: Array, b: Array, eps: float) -> Array:  # [..., K], [K], [K] -> [..., K]
         if self.bug == "LayerNormAsRms":
             return self.rms_norm(x, w, eps) + b
@@ -65,6 +62,9 @@ class BrokenOps:
             n = x.shape[-1]
             return centred / np.sqrt(np.sum(centred * centred, axis=-1, keepdims=True) / (n - 1) + x.dtype.type(eps)) * w + b
         return self.rms_norm(centred, w, eps) + b
+
+    def layer_scale(self, x: Array, eps: float) -> Array:  # [..., K] -> [...]
+        return self.rms_scale(x - np.mean(x, axis=-1, keepdims=True), eps)
 
     def rope_table(self, rope: Rope, head_dim: int, start: int, n: int, dtype: np.dtype) -> tuple[Array, Array]:
         if self.bug == "RopeBaseOther":

@@ -102,7 +102,8 @@ class BitOps:
 
     def layer_scale(self, x: Array, eps: float) -> Array:  # [T, K] -> [T]
         with self.switched():
-            return self.rms_scale(np.stack([arithmetic.centred(row) for row in x]), eps)
+            centred = np.stack([arithmetic.centred(row) for row in x])
+        return self.rms_scale(centred, eps)
 
     def layer_norm(self, x: Array, w: Array, b: Array, eps: float) -> Array:  # [T, K], [K], [K] -> [T, K]
         with self.switched():
