@@ -377,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _options_of_a_flow(one: argparse.ArgumentParser) -> None:
     one.add_argument("--measure", help="what an edge's weight is: target (what it did for the prediction, all else held; the "
-                     "default), norm, proximity, attention, rollout, value-zero or knockout (docs/measures.md)")  # fmt: skip
+                     "default), norm, proximity, attention, rollout, value-zero or knockout")  # fmt: skip
     one.add_argument("--token", help="the predicted token to explain (default: the likeliest)")
     one.add_argument("--against", help="the token whose logit is taken from its own (default: the likeliest other one)")
     one.add_argument("--alone", action="store_true", help="take its logit alone, against no other")

@@ -1,8 +1,8 @@
 """What could reach what, by the architecture alone: the pyramid, beside which the measured flow is a part.
 
 In a standard decoder the state that enters layer l at position i can use what other positions had come to one layer below,
-and no more: nothing that took more than l layers of work is in it, however many tokens came before. That is the pyramid
-(docs/flow.md). A sliding window narrows it. A feedback transformer (Fan et al. 2020, arXiv 2002.09402) lets every layer read
+and no more: nothing that took more than l layers of work is in it, however many tokens came before. That is the pyramid.
+A sliding window narrows it. A feedback transformer (Fan et al. 2020, arXiv 2002.09402) lets every layer read
 what all layers of earlier positions had come to, so that depth grows with the position.
 """
 

@@ -3,7 +3,7 @@
 A layer's mixture is A = (mean over heads of the attention weights + I) / 2, the I for the residual stream; what a state is
 mixed of is R_l = A_l ... A_1, a matrix [n, n] whose rows sum to 1. As the weights do not say what was moved, nor what a
 later layer does with it, a rollout is no more than a guess: on the hand-made induction model it credits a position that
-changes nothing (docs/flow.md).
+changes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// A decoder-only transformer with a key/value cache, written from tests/conformance/SPEC.md alone; labels such as A2 are its
+// A decoder-only transformer with a key/value cache, after tests/conformance/SPEC.md; labels such as A2 are its
 // rules. JavaScript's numbers are float64, so every operation is rounded to float32 by f(), or by a Float32Array that takes it
 // in, and fma is made as N3 says.
 import { readFileSync, existsSync } from "node:fs";
