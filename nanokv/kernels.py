@@ -721,6 +721,26 @@ def _runs(kv_head: bytes) -> Array:
     return np.stack([begins, counts, heads[begins]], axis=1).astype(np.int64)
 
 
+# Hashes, for the trace
+
+
+@kernel("void(u4[:,::1], u8[::1])")
+def _hash_words(words, hashes):
+    for i in range(len(words)):
+        h = np.uint64(0xCBF29CE484222325)
+        for j in range(words.shape[1]):
+            h = (h ^ np.uint64(words[i, j])) * np.uint64(0x100000001B3)
+        hashes[i] = h
+
+
+def hash_words(x: Array) -> Array:  # [..., hd] -> [...]
+    """FNV-1a-64 of each row, over its 32-bit words: h = (h xor word) * prime, modulo 2^64, from the offset basis on."""
+    words = np.array(x, order="C").view(np.uint32)
+    hashes = np.empty(x.shape[:-1], np.uint64)
+    _hash_words(words.reshape(-1, words.shape[-1]), hashes.reshape(-1))
+    return hashes
+
+
 # Threads
 
 

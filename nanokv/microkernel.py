@@ -83,6 +83,12 @@ def _load(builder: ir.IRBuilder, pointer: ir.Value, n: int) -> ir.Value:
     return loaded
 
 
+def _load_one(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+    loaded = builder.load(pointer)
+    loaded.align = 4
+    return loaded
+
+
 def _store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
     stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
     stored.align = 4
@@ -157,38 +163,46 @@ def _strip(builder: ir.IRBuilder, x_rows: list[ir.Value], w: ir.Value, w_row: ir
            y_rows: list[ir.Value], columns: list[ir.Value]) -> None:  # fmt: skip
     """One strip of a tile, as wide as the accumulators that fit the registers."""
     places = [builder.gep(y, [c]) for y in y_rows for c in columns]
-    before = [_load(builder, place, WIDTH) for place in places]
-    head, body, done = builder.block, builder.append_basic_block("k"), builder.append_basic_block("k.done")
-    builder.cbranch(builder.icmp_signed(">", n_k, I64(0)), body, done)
 
-    builder.position_at_end(body)
-    k = builder.phi(I64)
-    k.add_incoming(I64(0), head)
-    sums = []
-    for value in before:
-        sums.append(builder.phi(value.type))
-        sums[-1].add_incoming(value, head)
-    w_k = builder.gep(w, [builder.mul(k, w_row)])
-    loaded = [_load(builder, builder.gep(w_k, [I64(v * WIDTH)]), WIDTH) for v in range(len(columns))]
-    added = []
-    for r, x in enumerate(x_rows):
-        x_k = builder.load(builder.gep(x, [k]))
-        x_k.align = 4
-        spread = _splat(builder, x_k, WIDTH)
-        added += [_fma(builder, spread, loaded[v], sums[r * len(columns) + v]) for v in range(len(columns))]
-    k_next = builder.add(k, I64(1))
-    k.add_incoming(k_next, body)
-    for total, value in zip(sums, added, strict=True):
-        total.add_incoming(value, body)
-    builder.cbranch(builder.icmp_signed("<", k_next, n_k), body, done)
+    def multiply_add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        w_k = builder.gep(w, [builder.mul(k, w_row)])
+        loaded = [_load(builder, builder.gep(w_k, [I64(v * WIDTH)]), WIDTH) for v in range(len(columns))]
+        added = []
+        for r, x in enumerate(x_rows):
+            spread = _splat(builder, _load_one(builder, builder.gep(x, [k])), WIDTH)
+            added += [_fma(builder, spread, loaded[v], sums[r * len(columns) + v]) for v in range(len(columns))]
+        return added
+
+    before = [_load(builder, place, WIDTH) for place in places]
+    for result, place in zip(_loop(builder, I64(0), n_k, 1, before, multiply_add), places, strict=True):
+        _store(builder, result, place)
+
+
+Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def _loop(
+    builder: ir.IRBuilder, first: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body: Body
+) -> list[ir.Value]:
+    """carried = body(at, carried) for at = first, first + step, ... below end; what is carried in the end."""
+    head, repeat, done = builder.block, builder.append_basic_block("repeat"), builder.append_basic_block("done")
+    builder.cbranch(builder.icmp_signed("<", first, end), repeat, done)
+
+    builder.position_at_end(repeat)
+    at, before = builder.phi(I64), [builder.phi(value.type) for value in carried]
+    after = body(at, before)
+    following = builder.add(at, I64(step))
+    for phi, start, next_ in zip([at, *before], [first, *carried], [following, *after], strict=True):
+        phi.add_incoming(start, head)
+        phi.add_incoming(next_, repeat)
+    builder.cbranch(builder.icmp_signed("<", following, end), repeat, done)
 
     builder.position_at_end(done)
-    results = [builder.phi(value.type) for value in added]
-    for result, old, new in zip(results, before, added, strict=True):
-        result.add_incoming(old, head)
-        result.add_incoming(new, body)
-    for result, place in zip(results, places, strict=True):
-        _store(builder, result, place)
+    results = [builder.phi(value.type) for value in carried]
+    for phi, start, last in zip(results, carried, after, strict=True):
+        phi.add_incoming(start, head)
+        phi.add_incoming(last, repeat)
+    return results
 
 
 def packed_tile(kind: str, one_row: bool) -> Any:
@@ -228,43 +242,25 @@ def _packed_strip(builder: ir.IRBuilder, decoder: Any, kind: str, x: ir.Value | 
                   n_records: ir.Value, y: ir.Value) -> None:  # fmt: skip
     """A strip of VECTORS vectors through all records: GROUP weights of each lane are decoded and used at once."""
     columns = [strip + v * WIDTH for v in range(VECTORS)]
+
+    def decode(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        record = builder.gep(records, [builder.mul(i, I64(record_bytes(kind)))])
+        weights = [decoder(_Record(builder, kind, record, c)) for c in columns]
+        first_k = builder.mul(i, I64(GROUP))
+        for k in range(GROUP):
+            at_k = builder.add(first_k, I64(k))
+            loaded = [weight(k) for weight in weights]
+            if x is None:
+                row = builder.gep(y, [builder.mul(at_k, I64(PANEL))])
+                for c, value in zip(columns, loaded, strict=True):
+                    _store(builder, value, builder.gep(row, [I64(c)]))
+            else:
+                spread = _splat(builder, _load_one(builder, builder.gep(x, [at_k])), WIDTH)
+                sums = [_fma(builder, spread, value, total) for value, total in zip(loaded, sums, strict=True)]
+        return sums
+
     before = [] if x is None else [_load(builder, builder.gep(y, [I64(c)]), WIDTH) for c in columns]
-    head, body, done = builder.block, builder.append_basic_block("record"), builder.append_basic_block("record.done")
-    builder.cbranch(builder.icmp_signed(">", n_records, I64(0)), body, done)
-
-    builder.position_at_end(body)
-    i = builder.phi(I64)
-    i.add_incoming(I64(0), head)
-    sums = [builder.phi(value.type) for value in before]
-    for total, value in zip(sums, before, strict=True):
-        total.add_incoming(value, head)
-    record = builder.gep(records, [builder.mul(i, I64(record_bytes(kind)))])
-    weights = [decoder(_Record(builder, kind, record, c)) for c in columns]
-    first_k = builder.mul(i, I64(GROUP))
-    added = list(sums)
-    for k in range(GROUP):
-        at_k = builder.add(first_k, I64(k))
-        loaded = [weight(k) for weight in weights]
-        if x is None:
-            row = builder.gep(y, [builder.mul(at_k, I64(PANEL))])
-            for c, value in zip(columns, loaded, strict=True):
-                _store(builder, value, builder.gep(row, [I64(c)]))
-        else:
-            x_k = builder.load(builder.gep(x, [at_k]))
-            x_k.align = 4
-            spread = _splat(builder, x_k, WIDTH)
-            added = [_fma(builder, spread, value, total) for value, total in zip(loaded, added, strict=True)]
-    following = builder.add(i, I64(1))
-    i.add_incoming(following, body)
-    for total, value in zip(sums, added, strict=True):
-        total.add_incoming(value, body)
-    builder.cbranch(builder.icmp_signed("<", following, n_records), body, done)
-
-    builder.position_at_end(done)
-    results = [builder.phi(value.type) for value in before]
-    for result, old, new in zip(results, before, added, strict=True):
-        result.add_incoming(old, head)
-        result.add_incoming(new, body)
+    results = _loop(builder, I64(0), n_records, 1, before, decode)
     for c, result in zip(columns[: len(results)], results, strict=True):
         _store(builder, result, builder.gep(y, [I64(c)]))
 
@@ -446,30 +442,17 @@ def _lanes(builder: ir.IRBuilder, row: ir.Value, low: ir.Value, high: ir.Value, 
     """The sixteen lanes after all elements; a block of sixteen that low or high cuts is loaded under a mask."""
     start = ir.Constant(_vector(F32, LANES), [neutral] * LANES)
     index = ir.Constant(_vector(I64, LANES), list(range(LANES)))
-    first = builder.and_(low, I64(-LANES))
-    head, body, done = builder.block, builder.append_basic_block("lanes"), builder.append_basic_block("lanes.done")
-    builder.cbranch(builder.icmp_signed("<", low, high), body, done)
 
-    builder.position_at_end(body)
-    at, before = builder.phi(I64), builder.phi(start.type)
-    at.add_incoming(first, head)
-    before.add_incoming(start, head)
-    element = builder.add(_splat(builder, at, LANES), index)
-    mask = builder.and_(
-        builder.icmp_signed(">=", element, _splat(builder, low, LANES)),
-        builder.icmp_signed("<", element, _splat(builder, high, LANES)),
-    )
-    after = combine(builder, before, _masked_load(builder, builder.gep(row, [at]), mask, start), last=False)
-    following = builder.add(at, I64(LANES))
-    at.add_incoming(following, body)
-    before.add_incoming(after, body)
-    builder.cbranch(builder.icmp_signed("<", following, high), body, done)
+    def take(at: ir.Value, lanes: list[ir.Value]) -> list[ir.Value]:
+        element = builder.add(_splat(builder, at, LANES), index)
+        mask = builder.and_(
+            builder.icmp_signed(">=", element, _splat(builder, low, LANES)),
+            builder.icmp_signed("<", element, _splat(builder, high, LANES)),
+        )
+        loaded = _masked_load(builder, builder.gep(row, [at]), mask, start)
+        return [combine(builder, lanes[0], loaded, last=False)]
 
-    builder.position_at_end(done)
-    lanes = builder.phi(start.type)
-    lanes.add_incoming(start, head)
-    lanes.add_incoming(after, body)
-    return lanes
+    return _loop(builder, builder.and_(low, I64(-LANES)), high, LANES, [start], take)[0]
 
 
 def _masked_load(builder: ir.IRBuilder, pointer: ir.Value, mask: ir.Value, otherwise: ir.Value) -> ir.Value:

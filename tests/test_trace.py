@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from models import CONFIGS, model, tokens
 
+from nanokv import kernels
 from nanokv.errors import FileFormatError, NanokvError, TraceError
 from nanokv.generate import generate
 from nanokv.trace import Recorder, Trace
@@ -37,6 +38,14 @@ def test_the_standard_fnv_hash_of_known_words() -> None:
     for word in struct.unpack("<3I", x.tobytes()):
         expected = (expected ^ word) * 0x100000001B3 % 2**64
     assert hash_words(x)[0] == expected
+
+
+def test_the_compiled_hash_is_the_same() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    x[0, 0, 0] = -0.0
+    x.flags.writeable = False
+    for part in (x, x[:, 1:3], x[:0], x.transpose(1, 0, 2)):
+        assert np.array_equal(kernels.hash_words(part), hash_words(part))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
