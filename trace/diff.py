@@ -14,7 +14,7 @@ import numpy as np
 
 from nanokv.errors import FileFormatError, TraceError
 from nanokv.trace.dump import read_dump
-from nanokv.trace.ids import AFTER_THE_LAYERS, ORDER, SITES, Id, Rows, held, order, parse, recorded, resolve
+from nanokv.trace.ids import AFTER_THE_LAYERS, ORDER, SITES, Id, Rows, held, order, parse, recorded, resolve, unread
 from nanokv.trace.store import Trace
 
 Array = np.ndarray
@@ -70,9 +70,17 @@ class Difference:
         if self.first is None:
             self.first = (name, str(here), str(there))
 
+    def shapes_part(self, here: Array, there: Array, name_of: Name) -> bool:
+        """Whether two arrays have not the same shape, which is then what differs at their first element."""
+        if here.shape != there.shape:
+            self.part(name_of((0,) * here.ndim), *(f"one of {list(x.shape)} numbers" for x in (here, there)))
+        return here.shape != there.shape
+
     def compare(self, site: str, here: Array, there: Array, name_of: Name) -> None:
-        """Two arrays of a site, of one shape, their elements in the order of computation; name_of gives an element's id."""
+        """Two arrays of a site, their elements in the order of computation; name_of gives an element's id."""
         found = self.sites.setdefault(site, Site())
+        if self.shapes_part(here, there, name_of):
+            return
         found.compared += here.size
         far = distance(here, there)
         apart = ~same(here, there) if self.tolerance == 0 else far > self.tolerance
@@ -185,11 +193,14 @@ def _rows(trace: Trace, name: str, layer: int, low: int, high: int) -> Array:
 
 def _compare_marks(a: Trace, b: Trace, name: str, layer: int, low: int, high: int, found: Difference) -> None:
     """Whole numbers that must be the same: which slots were read, and the hashes of what was written."""
+    def mark(at: tuple[int, ...]) -> str:
+        return f"layer{layer}.pos{low + at[0]}.{name}" + (f"[{at[1]}]" if len(at) > 1 else "")
+
     ours, theirs = (_rows(trace, name, layer, low, high) for trace in (a, b))
-    for at in np.argwhere(ours != theirs)[:1]:
-        head = f"[{at[1]}]" if len(at) > 1 else ""
-        shown = [f"{x[tuple(at)]:#018x}" if "hash" in name else x[tuple(at)] for x in (ours, theirs)]
-        found.part(f"layer{layer}.pos{low + at[0]}.{name}{head}", *shown)
+    if found.shapes_part(ours, theirs, mark):
+        return
+    for at in map(tuple, np.argwhere(ours != theirs)[:1].tolist()):
+        found.part(mark(at), *(f"{x[at]:#018x}" if "hash" in name else x[at] for x in (ours, theirs)))
 
 
 def _namer(site: str, layer: int | None, low: int) -> Name:
@@ -200,7 +211,10 @@ def _namer(site: str, layer: int | None, low: int) -> Name:
 def _compare_reads(a: Trace, b: Trace, site: str, layer: int, low: int, high: int, found: Difference) -> None:
     ours, theirs = Rows(a, site, layer), Rows(b, site, layer)
     for pos in range(low, high):
-        found.compare(site, ours.at(pos)[None], theirs.at(pos)[None], _namer(site, layer, pos))  # [1, H, S]
+        rows = ours.at(pos), theirs.at(pos)  # [H, S]; a wrong mask has its own S
+        width = max(x.shape[1] for x in rows)
+        one, other = (np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=unread(site)) for x in rows)
+        found.compare(site, one[None], other[None], _namer(site, layer, pos))
 
 
 def _compare_after(a: Trace, b: Trace, site: str, low: int, high: int, found: Difference) -> None:

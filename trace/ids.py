@@ -180,6 +180,11 @@ def reads(step: Step, layer: int, pos: int) -> tuple[int, int]:
     return int(step.arrays["read_first"][layer, t]), int(step.arrays["read_stop"][layer, t])
 
 
+def unread(site: str) -> float:
+    """What pattern or scores have where nothing was read."""
+    return 0.0 if site == "pattern" else -np.inf
+
+
 class Rows:
     """The rows of pattern or scores in a layer, position by position; the call looked at last is kept at hand."""
 
@@ -189,7 +194,8 @@ class Rows:
         self._reads, self._ends = np.zeros((0, 0)), np.zeros(0)
 
     def at(self, pos: int) -> Array:
-        """[H, pos + 1]: what was not read is 0, or -inf; what topk did not keep is 0, or NaN."""
+        """[H, S]: what was not read is 0, or -inf; what topk did not keep is 0, or NaN. S is pos + 1, or more where a wrong
+        mask let the position read on."""
         step = self._trace._step_of(pos)
         if step is not self._step:
             array = SITES[self._site].array
@@ -199,7 +205,7 @@ class Rows:
             self._step, self._reads = step, step.reads(array, self._layer)
             self._ends = np.cumsum(np.r_[0, counts.astype(np.int64)])
         first, stop = reads(step, self._layer, pos)
-        rows = np.full((len(self._reads), pos + 1), 0 if self._site == "pattern" else -np.inf, self._reads.dtype)
+        rows = np.full((len(self._reads), max(pos + 1, stop)), unread(self._site), self._reads.dtype)
         t = pos - step.start
         rows[:, first:stop] = self._reads[:, self._ends[t] : self._ends[t + 1]]
         return rows

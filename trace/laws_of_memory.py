@@ -46,8 +46,8 @@ def written_once(trace: Trace) -> Iterator[Finding]:
 
 
 def unchanged(trace: Trace) -> Iterator[Finding]:
-    c, origin = trace.config, trace.steps[0].start
-    hashes = np.zeros((2, c.n_layers, n_slots(trace), c.n_kv_heads), np.uint64)  # of keys and values, as written
+    origin, n_heads = trace.steps[0].start, trace.steps[0].arrays["k_hash"].shape[2]  # key/value heads that were written
+    hashes = np.zeros((2, trace.config.n_layers, n_slots(trace), n_heads), np.uint64)  # of keys and values, as written
     written = np.zeros(hashes.shape[1:3], bool)
     audits = {audit.step: audit for audit in trace.audits}
     told: set[str] = set()

@@ -144,7 +144,8 @@ def _layers(trace: Trace) -> Iterator[tuple[Step, int]]:
 def _with_past(trace: Trace) -> Iterator[tuple[Step, int, Array, Array]]:
     """Each step and layer with the keys and values [S, G, hd] of all positions up to then, NaN where not recorded."""
     c, end = trace.config, max(step.start + step.n for step in trace.steps)
-    past = np.full((2, c.n_layers, end, c.n_kv_heads, c.head_dim), np.nan, trace.about.dtype)
+    entry = trace.steps[0].arrays["k"].shape[2:]  # [G, hd], as it was written
+    past = np.full((2, c.n_layers, end, *entry), np.nan, trace.about.dtype)
     for step in trace.steps:
         end = step.start + step.n
         past[0, :, step.start : end], past[1, :, step.start : end] = step.arrays["k"], step.arrays["v"]
