@@ -292,24 +292,26 @@ def _ids(trace: Trace, sites: Sequence[str]) -> Iterator[str]:
 
 
 def to_networkx(flow: Flow) -> Any:
-    """A flow as a networkx.MultiDiGraph: nodes are the ids of states, `layer1.pos5`, with layer, pos and text; edges have
-    kind, layer, head (-1: none, or merged), weight and influence, and lead the way the information goes. MissingExtraError
-    without networkx."""
-    try:
-        import networkx
-    except ImportError as error:
-        raise MissingExtraError("a networkx graph needs networkx: pip install 'nanokv[networkx]'") from error
-    from nanokv.trace.edges import Kind
+    """A flow as a networkx.MultiDiGraph of plain numbers and texts, which every format of networkx can write.
 
-    graph = networkx.MultiDiGraph(measure=flow.measure, at=flow.at, prediction=flow.prediction.text)
-    for (kind, layer, head, dst, src, weight), influence in zip(flow.edges.tolist(), flow.influence.tolist(), strict=True):
-        above = flow.n_layers if kind == Kind.SAMPLED else layer  # a sampled edge leads from the top to the bottom
-        ends = []
-        for row, pos in ((above, src), (layer + 1, dst)):
-            ends.append(f"layer{row}.pos{pos}")
-            graph.add_node(ends[-1], layer=row, pos=pos, text=flow.tokens.text[pos])
-        graph.add_edge(*ends, kind=Kind(kind).name.lower(), layer=layer, head=head, weight=weight, influence=influence)
+    Nodes are the ids of states, `layer1.pos5`, with layer, pos and text; edges have kind, layer, head (-1: none, or merged),
+    weight and influence, and lead the way the information goes. It is `Flow.to_networkx`, less what only a flow needs.
+    MissingExtraError without networkx.
+    """
+    graph = flow.to_networkx()
+    for _, node in graph.nodes(data=True):
+        node["text"] = node.pop("token")
+        _keep_only(node, ("layer", "pos", "text"))
+    for _, _, edge in graph.edges(data=True):
+        _keep_only(edge, ("kind", "layer", "head", "weight", "influence"))
+    graph.graph.clear()
+    graph.graph.update(measure=flow.measure, at=flow.at, prediction=flow.prediction.text)
     return graph
+
+
+def _keep_only(attributes: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in attributes.keys() - set(names):
+        del attributes[name]
 
 
 def to_bertviz(trace: Trace) -> tuple[list[Array], list[str]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanokv.errors import TraceError
+from nanokv.errors import MissingExtraError, TraceError
 from nanokv.trace.edges import EDGE, Count, Kind
 from nanokv.trace.flow import Flow, Tokens
 from nanokv.trace.prediction import Prediction
@@ -46,7 +46,7 @@ def to_networkx(flow: Flow) -> networkx.MultiDiGraph:
     try:
         import networkx
     except ImportError as error:
-        raise TraceError("networkx is not installed: pip install 'nanokv[networkx]'") from error
+        raise MissingExtraError("a networkx graph needs networkx: pip install 'nanokv[networkx]'") from error
     graph = networkx.MultiDiGraph(**_about(flow))
     graph.add_nodes_from((node["id"], {name: value for name, value in node.items() if name != "id"}) for node in _nodes(flow))
     for edge in _edges(flow):
