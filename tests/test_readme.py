@@ -20,7 +20,7 @@ ORDER = {
     "nanokv": """config cache ops transformer
         edits feedback generate handmade weights errors
         load families gguf_file safetensors_file tokenizer chat
-        panels microkernel kernels threads cli""",
+        panels microkernel kernels threads cli options""",
     "trace": """schema steps recorder hashes writer files store ids
         laws laws_of_memory laws_of_numbers
         explain why telling tellers recompute arithmetic diff dump
