@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from nanokv import safetensors_file
 from nanokv.config import Config
-from nanokv.errors import CacheError, ContextFullError, UnwrittenSlotError
+from nanokv.errors import CacheError, ContextFullError, FileFormatError, UnwrittenSlotError
 
 if TYPE_CHECKING:
     from nanokv.edits import Replace
@@ -35,19 +36,41 @@ BLOCK = 32  # slots in a block of keys, features in a strip of values: whole vec
 
 
 @dataclass(frozen=True)
-class Slots:
-    """What one attention call asks the cache for: position start + t reads slots first[t] to stop[t] - 1 of its layer."""
+class Ranges:
+    """Of T positions, the slots that each reads: position t of them those from first[t] to stop[t] - 1."""
 
-    layer: int
-    start: int  # the first of the T positions that read
-    kv_head: np.ndarray  # int32 [H]: the key/value head that each query head reads
     first: np.ndarray  # int32 [T]
     stop: np.ndarray  # int32 [T]
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64 [T + 1]: how many pairs of a position and a slot there are before each position, and R, how many in all."""
+        return np.cumsum(np.r_[0, self.stop - self.first], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one attention call asks the cache for: the T positions from `start` on read ranges of slots of a layer."""
+
+    layer: int
+    start: int
+    kv_head: np.ndarray  # int32 [H]: the key/value head that each query head reads
+    ranges: Ranges  # the same object in all layers that read alike
+
+    @property
+    def first(self) -> np.ndarray:
+        """int32 [T]: the first slot that each position reads."""
+        return self.ranges.first
+
+    @property
+    def stop(self) -> np.ndarray:
+        """int32 [T]: the slot after the last."""
+        return self.ranges.stop
 
     @property
     def count(self) -> int:
         """R: how many pairs of a position and a slot that it reads."""
-        return int((self.stop - self.first).sum())
+        return int(self.ranges.ends[-1])
 
     def mask(self) -> np.ndarray:
         """bool [T, S]: which slots each of the T positions reads."""
@@ -63,10 +86,11 @@ class KVCache:
         self.dtype = np.dtype(dtype)
         self.tokens = np.zeros(0, np.int32)  # int32 [S]
         self.last_logits: np.ndarray | None = None  # float32 [V]: what the last position predicts
+        self.wrote = np.zeros(0, np.int32)  # [S]: the call that wrote each slot, from 0
         self.steps = 0  # calls so far
         self._written = [0] * config.n_layers  # slots written so far; ahead of length inside a call
         strips = -(-config.head_dim // BLOCK)
-        self._ranges: dict[tuple[int, int, int | None], tuple[np.ndarray, np.ndarray]] = {}
+        self._ranges: dict[tuple[int, int, int | None], Ranges] = {}
         self.key_blocks = np.zeros((config.n_layers, config.n_kv_heads, 0, config.head_dim, BLOCK), dtype)
         self.value_strips = np.zeros((config.n_layers, config.n_kv_heads, strips, 0, BLOCK), dtype)
 
@@ -136,9 +160,8 @@ class KVCache:
         if (start, n, window) not in self._ranges:  # the same for every layer of a call
             stop = np.arange(start + 1, start + n + 1, dtype=np.int32)
             first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
-            self._ranges[start, n, window] = first, stop
-        first, stop = self._ranges[start, n, window]
-        return Slots(layer, start, kv_head, first, stop)
+            self._ranges[start, n, window] = Ranges(first, stop)
+        return Slots(layer, start, kv_head, self._ranges[start, n, window])
 
     @contextmanager
     def holding(self, layer: int, entries: Sequence[Replace]) -> Iterator[None]:
@@ -162,6 +185,7 @@ class KVCache:
         if any(written != expected for written in self._written):
             raise CacheError(f"a call of {len(tokens)} tokens must write slots up to {expected - 1} in every layer")
         self.tokens = np.concatenate([self.tokens, tokens])
+        self.wrote = np.concatenate([self.wrote, np.full(len(tokens), self.steps, np.int32)])
         self.last_logits = last_logits.copy()
         self.steps += 1
 
@@ -169,13 +193,13 @@ class KVCache:
         """An independent cache with the same contents."""
         other = KVCache(self.config, self.dtype)
         other.tokens, other.steps, other._written = self.tokens.copy(), self.steps, list(self._written)
-        other.last_logits = None if self.last_logits is None else self.last_logits.copy()
+        other.wrote, other.last_logits = self.wrote.copy(), None if self.last_logits is None else self.last_logits.copy()
         other.key_blocks, other.value_strips = self.key_blocks.copy(), self.value_strips.copy()
         return other
 
     def save(self, path: str | Path, model: Transformer) -> None:
         """Write the cache to one safetensors file, which names the model by its hash; whole or not at all."""
-        arrays = {"tokens": self.tokens}
+        arrays = {"tokens": self.tokens, "wrote": self.wrote}
         if self.last_logits is not None:
             arrays["last_logits"] = self.last_logits
         for layer in range(self.config.n_layers):
@@ -191,14 +215,24 @@ class KVCache:
             raise CacheError(f"{path} holds the cache of another model (its hash begins {metadata.get('model', '')[:12]}, "
                              f"this model's {model.fingerprint[:12]}): load the model that made it")  # fmt: skip
         cache = model.new_cache()
-        n = len(arrays["tokens"])
-        with cache.step(n):
+        _check_saved(path, arrays, metadata, cache)
+        with cache.step(len(arrays["tokens"])):
             for layer in range(cache.config.n_layers):
                 cache.write(layer, 0, arrays[f"keys.{layer}"], arrays[f"values.{layer}"])
             cache.commit(arrays["tokens"], arrays.get("last_logits", np.zeros(0, cache.dtype)))
-        cache.last_logits = arrays.get("last_logits")
-        cache.steps = int(metadata["steps"])
+        cache.last_logits, cache.wrote, cache.steps = arrays.get("last_logits"), arrays["wrote"], int(metadata["steps"])
         return cache
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (f"<KVCache: {self.length} of {c.n_ctx} positions, written in {self.steps} calls; for each, keys and values "
+                f"[L, G, hd] = [{c.n_layers}, {c.n_kv_heads}, {c.head_dim}] in {self.dtype}>")  # fmt: skip
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: what was written where, by which call."""
+        from nanokv.trace import notebook
+
+        return notebook.of_cache(self)
 
     def _reserve(self, n: int) -> None:
         """Room for n slots: doubled when it runs out, so that growing costs each slot one copy on average."""
@@ -216,6 +250,23 @@ class KVCache:
 
 
 _FORMAT = "nanokv cache 1"
+
+
+def _check_saved(path: str | Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], cache: KVCache) -> None:
+    """FileFormatError unless a file has what `save` writes of a cache like this one."""
+    c, n = cache.config, len(arrays.get("tokens", ()))
+    expected: dict[str, tuple[tuple[int, ...], str]] = {"tokens": ((n,), "int32"), "wrote": ((n,), "int32")}
+    if "last_logits" in arrays:
+        expected["last_logits"] = ((c.vocab_size,), str(cache.dtype))
+    for layer in range(c.n_layers):
+        expected |= {f"{kind}.{layer}": ((n, c.n_kv_heads, c.head_dim), str(cache.dtype)) for kind in ("keys", "values")}
+    found = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise FileFormatError(f"{path}: {name} is {found.get(name, 'missing')}; expected {expected.get(name, 'none')}: the "
+                                  "file is damaged. Save the cache again")  # fmt: skip
+    if not metadata.get("steps", "").isdecimal() or ((arrays["tokens"] < 0) | (arrays["tokens"] >= c.vocab_size)).any():
+        raise FileFormatError(f"{path}: its number of calls or a token is out of range: the file is damaged")
 
 
 def _read_only(x: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nanokv import ops
-from nanokv.cache import KVCache, Slots
+from nanokv.cache import KVCache, Ranges, Slots
 from nanokv.config import Config
 from nanokv.edits import Add, Cut, Edit, Replace, ZeroValue, sorted_edits
 from nanokv.errors import ConfigError, ContextFullError, EditError, WeightsError
@@ -132,7 +132,7 @@ def memory_sublayer(model: Transformer, w: BlockWeights, layer: int, x: Array, c
     call.observer.state("q", layer, call.start, q)
     stop = np.array([call.start], np.int32)  # [1]
     first = np.maximum(stop + 1 - (config.window_of(layer) or call.start + 1), 0).astype(np.int32)  # [1]
-    return attend(model, w, x, q, Slots(layer, call.start, model.kv_head, first, stop), call)
+    return attend(model, w, x, q, Slots(layer, call.start, model.kv_head, Ranges(first, stop)), call)
 
 
 def remember(model: Transformer, w: BlockWeights, layer: int, memory: Array, call: Call) -> None:

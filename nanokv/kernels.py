@@ -695,13 +695,11 @@ def attention(
 ) -> Array:  # [T, H, hd] -> [T, H, hd]
     """z = softmax(q k^T scale) v. A score is summed by fma over the features, ascending, then scaled. The maximum is
     subtracted, exp taken, and summed in sixteen lanes by slot mod 16; e v is summed by fma over slots, ascending; the
-    division by the sum comes last. A slot outside the mask, or cut, is neither multiplied nor added."""
+    division by the sum comes last. A slot outside the mask, or cut, is neither multiplied nor added. Cuts may stand in any
+    order, and one twice."""
     z = np.empty(q.shape, F)
-    cuts = _NO_CUTS if cuts is None else cuts
-    out_at = _NOWHERE
-    if weights_out is not None or scores_out is not None:
-        out_at = np.zeros(len(q) + 1, np.int64)
-        np.cumsum(slots.stop - slots.first, out=out_at[1:])
+    cuts = _NO_CUTS if cuts is None else np.unique(cuts, axis=0)  # ascending, for a row is summed between one cut and the next
+    out_at = _NOWHERE if weights_out is None and scores_out is None else slots.ranges.ends
     outs = [_NOTHING if out is None else out.reshape(-1) for out in (scores_out, weights_out)]
     keys, values = cache.key_blocks[slots.layer], cache.value_strips[slots.layer]
     runs = _runs(slots.kv_head.tobytes())
@@ -739,6 +737,30 @@ def hash_words(x: Array) -> Array:  # [..., hd] -> [...]
     hashes = np.empty(x.shape[:-1], np.uint64)
     _hash_words(words.reshape(-1, words.shape[-1]), hashes.reshape(-1))
     return hashes
+
+
+@kernel("void(u4[:,:,:,::1], u4[:,:,:,::1], u8[:,:,::1])", parallel=True)
+def _hash_entries(keys, values, hashes):
+    _, n_heads, n = hashes.shape
+    n_blocks = (n + BLOCK - 1) // BLOCK
+    for task in prange(n_heads * n_blocks):
+        g, b = np.int64(task) // n_blocks, np.int64(task) % n_blocks
+        h = np.full((2, BLOCK), np.uint64(0xCBF29CE484222325))
+        for i in range(keys.shape[2]):  # a block's slots together, for in one row each product waits for the one before it
+            for s in range(BLOCK):
+                key, value = keys[g, b, i, s], values[g, i // BLOCK, b * BLOCK + s, i % BLOCK]
+                h[0, s] = (h[0, s] ^ np.uint64(key)) * np.uint64(0x100000001B3)
+                h[1, s] = (h[1, s] ^ np.uint64(value)) * np.uint64(0x100000001B3)
+        for s in range(min(BLOCK, n - b * BLOCK)):
+            hashes[0, g, b * BLOCK + s], hashes[1, g, b * BLOCK + s] = h[0, s], h[1, s]
+
+
+def hash_entries(cache: KVCache, layer: int, n: int) -> tuple[Array, Array]:  # -> [n, G], [n, G]
+    """`hash_words` of the keys and of the values of a layer's first n slots, read in place."""
+    keys, values = cache.key_blocks[layer].view(np.uint32), cache.value_strips[layer].view(np.uint32)
+    hashes = np.empty((2, len(keys), n), np.uint64)
+    _hash_entries(keys, values, hashes)
+    return hashes[0].T, hashes[1].T
 
 
 # Threads

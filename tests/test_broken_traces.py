@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import CONFIGS, model, tokens
 
-from nanokv.cache import KVCache, Slots
+from nanokv.cache import KVCache, Ranges, Slots
 from nanokv.config import Config
 from nanokv.trace import Recorder, Trace
 from nanokv.trace.explain import diff, show
@@ -34,7 +34,7 @@ def test_a_mask_that_lets_the_next_position_in_is_told(monkeypatch: pytest.Monke
 
     def read(cache: KVCache, layer: int, start: int, n: int, kv_head: np.ndarray, window: int | None = None) -> Slots:
         slots = right(cache, layer, start, n, kv_head, window)
-        return Slots(layer, start, kv_head, slots.first, np.minimum(slots.stop + 1, start + n).astype(np.int32))
+        return Slots(layer, start, kv_head, Ranges(slots.first, np.minimum(slots.stop + 1, start + n).astype(np.int32)))
 
     monkeypatch.setattr(KVCache, "read", read)
     bad = recorded(small)

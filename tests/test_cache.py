@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, model, tokens
 
+from nanokv import safetensors_file
 from nanokv.cache import BLOCK, KVCache
 from nanokv.config import Config
 from nanokv.errors import CacheError, ContextFullError, FileFormatError, UnwrittenSlotError
@@ -136,3 +137,33 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.cache").write_bytes(b"not a cache at all")
     with pytest.raises(FileFormatError):
         KVCache.load(tmp_path / "run.cache", small)
+
+
+@pytest.mark.parametrize("damage", ["tokens", "wrote", "keys.1", "values.0", "last_logits"])
+def test_a_saved_cache_with_an_array_of_another_shape_or_type_is_an_error(tmp_path: Path, damage: str) -> None:
+    small = model(CONFIGS["llama"])
+    cache = small.new_cache()
+    small.forward([1, 2, 3], cache)
+    cache.save(tmp_path / "cache.safetensors", small)
+    arrays, metadata = safetensors_file.load(tmp_path / "cache.safetensors", "nanokv cache 1")
+    others = [{**arrays, damage: arrays[damage][:-1]}, {**arrays, damage: arrays[damage].astype(np.float64)}]
+    others += [] if damage == "last_logits" else [{name: array for name, array in arrays.items() if name != damage}]
+    for other in others:
+        safetensors_file.save(tmp_path / "other.safetensors", other, metadata)
+        with pytest.raises(FileFormatError, match="damaged"):
+            KVCache.load(tmp_path / "other.safetensors", small)
+
+
+@pytest.mark.parametrize("tokens, steps", [([1, -1], "1"), ([1, 10**6], "1"), ([1, 2], "one"), ([1, 2], None)])
+def test_a_saved_cache_with_an_impossible_token_or_number_of_calls_is_an_error(
+    tmp_path: Path, tokens: list[int], steps: str | None
+) -> None:
+    small = model(CONFIGS["llama"])
+    cache = small.new_cache()
+    small.forward([1, 2], cache)
+    cache.save(tmp_path / "cache.safetensors", small)
+    arrays, metadata = safetensors_file.load(tmp_path / "cache.safetensors", "nanokv cache 1")
+    said = {name: text for name, text in {**metadata, "steps": steps}.items() if text is not None}
+    safetensors_file.save(tmp_path / "other.safetensors", {**arrays, "tokens": np.array(tokens, np.int32)}, said)
+    with pytest.raises(FileFormatError, match="out of range"):
+        KVCache.load(tmp_path / "other.safetensors", small)

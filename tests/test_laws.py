@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from models import CONFIGS, model, tokens
 
-from nanokv.cache import KVCache, Slots
+from nanokv.cache import KVCache, Ranges, Slots
 from nanokv.cli import main
 from nanokv.edits import Add, Cut, Replace, ZeroValue
 from nanokv.errors import TraceError
@@ -151,7 +151,7 @@ class Masked(KVCache):
     def read(self, layer: int, start: int, n: int, kv_head: np.ndarray, window: int | None = None) -> Slots:
         slots = super().read(layer, start, n, kv_head, window)
         stop = type(self).stop(slots, self._written[layer]).astype(np.int32)
-        return replace(slots, stop=stop, first=np.minimum(slots.first, stop))
+        return replace(slots, ranges=Ranges(np.minimum(slots.first, stop), stop))
 
 
 def masked(stop: Callable[[Slots, int], np.ndarray]) -> KVCache:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from nanokv.errors import FileFormatError, NanokvError, TraceError
 from nanokv.generate import generate
 from nanokv.trace import Recorder, Trace
 from nanokv.trace.explain import show
-from nanokv.trace.hashes import hash_words
+from nanokv.trace.hashes import hash_entries, hash_words
 from nanokv.trace.schema import KINDS, LEVELS, ROLES, SITES
 from nanokv.transformer import Transformer
 
@@ -46,6 +48,30 @@ def test_the_compiled_hash_is_the_same() -> None:
     x.flags.writeable = False
     for part in (x, x[:, 1:3], x[:0], x.transpose(1, 0, 2)):
         assert np.array_equal(kernels.hash_words(part), hash_words(part))
+
+
+def test_a_recording_in_memory_holds_every_number_once() -> None:
+    """It held each array as it was reported, too, until the next call: twice what the trace takes."""
+    small, recorder = model(CONFIGS["llama"], ops="numpy"), Recorder(level="states")
+    ids = tokens(CONFIGS["llama"], 60)
+    small.forward(ids, observer=Recorder(level="states"))  # what is made once is made now
+    tracemalloc.start()
+    small.forward(ids, observer=recorder)
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kept = sum(array.nbytes for step in recorder.trace.steps for array in step.arrays.values())
+    assert held < 1.3 * kept
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 45])
+def test_the_hashes_that_are_read_in_place_are_those_of_the_entries(n: int) -> None:
+    small = model(CONFIGS["llama"], ops="numba")
+    cache = small.new_cache()
+    small.forward(np.arange(45) % small.config.vocab_size, cache)
+    for layer in range(small.config.n_layers):
+        for found, expected in zip(kernels.hash_entries(cache, layer, n), hash_entries(cache, layer, n), strict=True):
+            assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -14,6 +14,7 @@ for one chance in 2^32.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 import zlib
@@ -88,7 +89,7 @@ class FileWriter:
         self._entries: dict[str, dict[str, object]] = {}
         self._sums: dict[str, str] = {}
         self._level, self._checksum = "", Checksum()
-        self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._file = -1  # opened when the first bytes are written
 
     def section(self, level: str) -> None:
         """What follows has a checksum of its own."""
@@ -97,9 +98,14 @@ class FileWriter:
 
     def append(self, pieces: Sequence[Array]) -> None:
         """Pieces of an array. They are used at once and not kept."""
-        for piece in pieces:
-            if piece.size:
-                self._append(np.ascontiguousarray(piece).data.cast("B"))
+        flat = [piece.reshape(-1).view(np.uint8) for piece in pieces]
+        n = sum(map(len, flat))
+        if 0 < n < BLOCK - self._fill:  # one call copies them all
+            np.concatenate(flat, out=self._block[self._fill : self._fill + n])
+            self._at, self._fill = self._at + n, self._fill + n
+        else:
+            for piece in flat:
+                self._append(piece.data)
 
     def name(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         """What was appended since the last name is this array."""
@@ -173,6 +179,8 @@ class FileWriter:
     def _write(self, pieces: list[memoryview], at: int) -> int:
         """Write the pieces one after the other at a place of the file; returns the place after them."""
         try:
+            if self._file < 0:
+                self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             while pieces:  # a nearly full disk takes a part, and refuses the rest when asked again
                 n = os.pwritev(self._file, pieces, at)
                 at += n
@@ -206,6 +214,7 @@ class FileArrays(Mapping[str, Array]):
         if level not in self._checked:
             self._check(level)
             self._checked.add(level)
+            _let_go(tensor.raw)
         array: Array = np.require(tensor.raw.view(self.dtype(name)), requirements="A").reshape(tensor.shape)
         return array
 
@@ -232,3 +241,14 @@ class FileArrays(Mapping[str, Array]):
         if found != (said := self.metadata.get(f"sum.{level}")):
             raise FileFormatError(f"{self._path}: the checksum of its arrays of level {level} is {found}; expected {said}, as "
                                   "its header says. The file is damaged: remove it and those after it, or record again")
+
+
+def _let_go(raw: Array) -> None:
+    """The pages of the file that these bytes are mapped from, which were all read to be summed: whoever uses some of them gets
+    them from the system again, and the others need not count as this process's memory."""
+    owner: object = raw
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    owner = owner.obj if isinstance(owner, memoryview) else owner
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)

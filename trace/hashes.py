@@ -35,13 +35,17 @@ def hashes_and_norms(x: Sequence[Array], hashed: Hash = hash_words) -> tuple[Arr
     return (hashes[0] if len(whole) == 1 else np.concatenate(hashes)).reshape(shape), np.concatenate(norms).reshape(shape)
 
 
-def audit(cache: KVCache, step: int, n: int, hashed: Hash = hash_words) -> Audit:
+def hash_entries(cache: KVCache, layer: int, n: int) -> tuple[Array, Array]:  # -> [n, G], [n, G]
+    """The hashes of the keys and of the values of a layer's first n slots."""
+    return hash_words(cache.keys(layer)[:n]), hash_words(cache.values(layer)[:n])
+
+
+def audit(cache: KVCache, step: int, n: int, hashed: Callable[..., tuple[Array, Array]] = hash_entries) -> Audit:
     """The hashes of the cache's first n slots as they are now, after a step."""
     L, G = cache.config.n_layers, cache.config.n_kv_heads
     by_slot, by_head = np.zeros((2, n), np.uint64), np.zeros((2, L, G), np.uint64)
     for layer in range(L):
-        for i, entries in enumerate((cache.keys(layer), cache.values(layer))):
-            hashes = hashed(entries[:n])  # [n, G]
+        for i, hashes in enumerate(hashed(cache, layer, n)):  # [n, G]
             by_slot[i] += hashes.sum(axis=1)
             by_head[i, layer] = hashes.sum(axis=0)
     return Audit(step, by_slot[0], by_slot[1], by_head[0], by_head[1])

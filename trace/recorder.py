@@ -18,7 +18,7 @@ from nanokv.cache import KVCache, Slots
 from nanokv.edits import Add, Cut, Edit, Replace, ZeroValue
 from nanokv.errors import TraceError
 from nanokv.feedback import FeedbackTransformer
-from nanokv.trace.hashes import audit, hash_words, hashes_and_norms
+from nanokv.trace.hashes import audit, hash_entries, hash_words, hashes_and_norms
 from nanokv.trace.schema import AUDIT_EVERY, BY_NAME, EDIT_SITES, EDITS, LEVELS, ROLES, SITES, holds
 from nanokv.trace.steps import About
 from nanokv.trace.store import Trace
@@ -169,7 +169,9 @@ class Recorder:
             self._big["logits"] = [self._float("logits", -1, logits)]
         if holds(self.level, "weights") and self.topk is not None:
             self._big["weight_src"] = [src for _, _, src in self._reads if src is not None]
-        self._writer.finish(self._number, self._start, self._small(k, v), self._big, self._deviations)
+        small, big = self._small(k, v), self._big
+        self._writes, self._reads, self._big = [], [], {}  # so that the writer may let go of what it has copied
+        self._writer.finish(self._number, self._start, small, big, self._deviations)
         self._end = self._length + len(self._tokens)
         self._chunk += 1
         if (self._number + 1) % AUDIT_EVERY == 0 and self._cache is not None:
@@ -199,6 +201,7 @@ class Recorder:
         self._writer.describe(self._about)
         self._model, self._dtype = model, model.dtype
         self._hash = getattr(model.ops, "hash_words", hash_words)  # compiled, where the model's operations are
+        self._hash_entries = getattr(model.ops, "hash_entries", hash_entries)
 
     def _resumed(self, path: str | Path | None, level: str | None, topk: int | None) -> About:
         """Of the trace that is there, where it ends is remembered."""
@@ -258,7 +261,7 @@ class Recorder:
         return small
 
     def _audit(self, cache: KVCache, number: int, n: int) -> None:
-        self._writer.audit(audit(cache, number, n, self._hash))
+        self._writer.audit(audit(cache, number, n, self._hash_entries))
         self._audited = number
 
     def _float(self, site: str, layer: int, x: Array) -> Array:
@@ -312,9 +315,8 @@ def _other_entry(trace: Trace, cache: KVCache) -> str:
 
 def largest(weights: Array, slots: Slots, k: int) -> tuple[Array, Array]:  # [H, R] -> [H, R'], [H, R']
     """The k largest weights of each row, of equal ones those of the lowest slots: their slots, ascending, and their places."""
-    ends = np.cumsum(slots.stop - slots.first, dtype=np.int64)
     src, places = [], []
-    for first, stop, end in zip(slots.first.tolist(), slots.stop.tolist(), ends.tolist(), strict=True):
+    for first, stop, end in zip(slots.first.tolist(), slots.stop.tolist(), slots.ranges.ends[1:].tolist(), strict=True):
         n = stop - first
         row = np.nan_to_num(weights[:, end - n : end], nan=np.inf)  # [H, n]; NaN is kept, to be seen
         least = np.partition(row, n - k, axis=1)[:, n - k, None] if n > k else np.full((len(row), 1), -np.inf)

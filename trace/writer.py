@@ -20,7 +20,7 @@ from nanokv.trace.steps import AUDIT_FORMAT, STEP_FORMAT, About, Audit, Recorded
 from nanokv.trace.store import Trace
 
 Array = np.ndarray
-Pieces = Mapping[str, Sequence[Array]]  # of each array, layer by layer, or the whole in one
+Pieces = Mapping[str, list[Array]]  # of each array, layer by layer, or the whole in one
 HEAD = {"writes": 4096, "weights": 4096, "vectors": 8192, "states": 8192}  # bytes of a step's header, by level
 ABOUT_FILE = "trace.json"
 SMALL = sorted((s for s in STEP if s.level == "writes"), key=lambda s: -np.dtype(s.dtype).itemsize)  # so that all are aligned
@@ -41,7 +41,8 @@ class Writer(Protocol):
         """The weights of the next layer, [H, R]. On the disk they are used at once, so that their memory serves the next."""
 
     def finish(self, number: int, start: int, small: Mapping[str, Array], big: Pieces, deviations: Mapping[str, str]) -> None:
-        """The call has ended. small: the arrays of level `writes`; big: those of the others, but for the weights."""
+        """The call has ended. small: the arrays of level `writes`; big: those of the others, but for the weights: lists that
+        are the writer's to empty."""
 
     def abandon(self, number: int) -> None:
         """The call has failed, or was undone after it was finished: leave nothing of it."""
@@ -101,6 +102,7 @@ class DiskWriter:
         self._named = str(folder)
         self._block = np.empty(BLOCK, np.uint8)
         self._step: FileWriter | None = None
+        self._gathered: list[Array] = []  # weights that are not in the file yet
         self._first, self._last = 0, -1  # steps that were written since the disk was last known to have all
         self._audits: list[int] = []
 
@@ -114,19 +116,28 @@ class DiskWriter:
         if self._step is not None:
             self._step.abandon()
         self._step = FileWriter(self._named, _file_name("step", number), HEAD[self._about.level], self._block)
+        self._gathered = []
         if holds(self._about.level, "weights"):
             self._step.section("weights")
 
     def weights(self, weights: Array) -> None:
+        self._gathered.append(weights)
+        if len(self._gathered) * weights.nbytes > BLOCK // 2:  # one token's are so few that they go together
+            self._append_weights()
+
+    def _append_weights(self) -> None:
         assert self._step is not None
-        self._step.append((weights,))
+        self._step.append(self._gathered)
+        self._gathered = []
 
     def finish(self, number: int, start: int, small: Mapping[str, Array], big: Pieces, deviations: Mapping[str, str]) -> None:
         file, about = self._step, self._about
         assert file is not None and about is not None
         for level, arrays in BIG.items():
             if holds(about.level, level):
-                if level != "weights":  # that section began with the step
+                if level == "weights":
+                    self._append_weights()  # into the section that began with the step
+                else:
                     file.section(level)
                 for stored in arrays:
                     if stored.name == "weight":
@@ -262,8 +273,15 @@ def _shape(pieces: Sequence[Array], shape: str) -> tuple[int, ...]:
     return pieces[0].shape if whole else (len(pieces), *pieces[0].shape)
 
 
-def _joined(pieces: Sequence[Array], shape: str) -> Array:
-    if shape.startswith("sum"):
-        return np.concatenate([piece.reshape(-1) for piece in pieces])
-    return pieces[0] if _shape(pieces, shape) == pieces[0].shape else np.stack(pieces)
+def _joined(pieces: list[Array], shape: str) -> Array:
+    """One array. The pieces are let go one by one, so that memory holds every number once."""
+    if _shape(pieces, shape) == pieces[0].shape:
+        return pieces[0]
+    whole = np.empty(_shape(pieces, shape), pieces[0].dtype)
+    rest = whole.reshape(-1)
+    while pieces:
+        piece = pieces.pop(0).reshape(-1)
+        rest[: piece.size] = piece
+        rest = rest[piece.size :]
+    return whole
 
