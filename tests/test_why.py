@@ -21,7 +21,7 @@ from nanokv.handmade import induction
 from nanokv.trace import Recorder, Trace
 from nanokv.trace.arithmetic import erf, exp, fma, lane_sum, tanh
 from nanokv.trace.explain import why
-from nanokv.trace.ids import SITES
+from nanokv.trace.ids import AFTER_THE_LAYERS, SITES
 from nanokv.trace.telling import SHORT, Stage
 from nanokv.trace.why import explain, same_bits
 
@@ -134,7 +134,7 @@ def element(trace: Trace, site: str, random: np.random.Generator) -> str:
     c, pos = trace.config, int(random.integers(1, trace.length))
     sizes = {"D": c.d_model, "H": c.n_heads, "hd": c.head_dim, "G": c.n_kv_heads, "F": c.d_ff, "V": c.vocab_size, "S": pos + 1}
     index = ",".join(str(random.integers(sizes[axis])) for axis in SITES[site].axes)
-    where = "" if site in ("final_scale", "ln_final", "logits") else f"layer{random.integers(c.n_layers)}."
+    where = "" if site in AFTER_THE_LAYERS else f"layer{random.integers(c.n_layers)}."
     return f"{where}pos{pos}.{site}" + (f"[{index}]" if index else "")
 
 
@@ -143,7 +143,7 @@ def test_the_printed_equations_give_the_recorded_bits(family: str) -> None:
     small, trace = recorded(family)
     random = np.random.default_rng(0)
     for site in SITES:
-        if site == "gate" and not small.config.gated_mlp:
+        if (site == "gate" and not small.config.gated_mlp) or "memory" in site:
             continue
         for _ in range(3):
             told = explain(trace, element(trace, site, random), small)
@@ -256,21 +256,29 @@ def test_what_the_mask_excludes_or_an_edit_cut_is_told_so() -> None:
     assert any("away: an edit of this run changed it, or" in line for line in why(recorder.trace, "layer1.pos6.z[1,2]"))
 
 
-def test_the_feedback_architecture_is_told_but_for_its_keys_and_values() -> None:
-    feedback = FeedbackTransformer.of(model(CONFIGS["llama"]), ops="numba")
-    recorder = Recorder(level="states")
-    feedback.forward(tokens(CONFIGS["llama"], 5), observer=recorder)
-    for name in (
-        "layer1.pos3.pattern[2,1]",
-        "layer1.pos0.z[2,1]",
-        "layer1.pos3.z[2,1]",
-        "layer2.pos3[7]",
-        "layer1.pos3.mlp_out[7]",
-    ):
+@pytest.mark.parametrize("level", ["writes", "states"])
+@pytest.mark.parametrize("shared_kv", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_feedback_architecture_is_told_with_its_memory(family: str, shared_kv: bool, level: str) -> None:
+    standard = model(CONFIGS[family])
+    feedback = FeedbackTransformer(standard.config, standard.weights.map(np.asarray), layer_weights=[0.5, 1.0, -1.0, 2.0],
+                                   shared_kv=shared_kv)  # fmt: skip
+    recorder, whole = Recorder(level=level), Recorder(level="states")
+    for observer in (recorder, whole):
+        feedback.forward(tokens(CONFIGS[family], 5), observer=observer)
+    for name in ("layer1.pos3.pattern[2,1]", "layer1.pos0.z[2,1]", "layer1.pos3.z[2,1]", "layer2.pos3[7]",
+                 "layer1.pos3.mlp_out[7]", "layer1.pos3.k[1,2]", "layer2.pos2.v[0,3]"):  # fmt: skip
         told = explain(recorder.trace, name, feedback)
-        assert same_bits(told.computed, told.value), name
-    with pytest.raises(TraceError, match="memory of all depths"):
-        explain(recorder.trace, "layer1.pos3.k[0,1]", feedback)
+        assert same_bits(told.computed, told.value) and same_bits(told.value, whole.trace[name]), name
+        assert len(told.notes) == (level == "writes")
+    for name in ("layer1.pos3.ln_memory[4]", "pos3.memory[4]"):
+        told = explain(recorder.trace, name, feedback)
+        assert_recombines(list(told.lines(everything=True)), told.value)
+
+
+def test_a_standard_model_keeps_no_memory_of_all_depths() -> None:
+    with pytest.raises(TraceError, match="only a feedback model"):
+        explain(recorded()[1], "pos3.memory[4]")
 
 
 BAD = {

@@ -59,13 +59,15 @@ SITES = {
         Site("act", ("F",), "the MLP's units", None),
         Site("mlp_out", ("D",), "what the MLP adds to the stream"),
         Site("resid_post", ("D",), "the stream leaving the layer"),
+        Site("memory", ("D",), "what a feedback model keeps of all depths, by their shares", None),
+        Site("ln_memory", ("D",), "that, normed for the keys and values of the layer", None),
         Site("final_scale", (), "what the final norm multiplies by"),
         Site("ln_final", ("D",), "the final state, normed", None),
         Site("logits", ("V",), "the logits"),
     )
 }
 ORDER = {name: rank for rank, name in enumerate(SITES)}
-AFTER_THE_LAYERS = ("final_scale", "ln_final", "logits")
+AFTER_THE_LAYERS = ("memory", "final_scale", "ln_final", "logits")
 
 _FORMS = (
     r"layer(?P<layer>\d+)\.pos(?P<pos>\d+)(\.head(?P<head>\d+))?(\.(?P<site>\w+))?",
@@ -153,6 +155,8 @@ def _row_of_a_call(trace: Trace, given: Id) -> tuple[int, tuple[int, ...]]:
 def _check_index(trace: Trace, given: Id, found: Id) -> None:
     if found.site == "gate" and not trace.config.gated_mlp:
         raise TraceError(f"{given} is not there: this model's MLP has no gate")
+    if "memory" in found.site and trace.about.architecture != "feedback":
+        raise TraceError(f"{given} is not there: only a feedback model keeps a memory of all depths")
     shape = shape_at(trace, found)
     if len(found.index) > len(shape) or any(i >= n for i, n in zip(found.index, shape, strict=False)):
         axes = SITES[found.site].axes
@@ -211,17 +215,58 @@ class Rows:
         return rows
 
 
+def array(trace: Trace, where: Id) -> Array:
+    """The array, or with an index the number, that an id names. TraceError where the trace has no such thing."""
+    stored, layer, index = SITES[where.site].array, where.layer, where.index
+    if stored is None:
+        raise TraceError(f"{where.site} is in no trace: nanokv why computes it with the model")
+    if layer is None:
+        return np.asarray(_after_the_layers(trace, where, stored)[index])
+    if where.site == "resid_pre" and layer == trace.config.n_layers:
+        stored, layer = "resid_post", layer - 1
+    step = _call_of(trace, where)
+    head = slice(None) if where.head is None else trace._head(where.head)
+    if "S" in SITES[where.site].axes:
+        whole = _call_rows(trace, step, trace._layer(layer), where.site)[head]  # [H, T, S]
+        return np.asarray((whole if where.pos is None else whole[..., where.pos - step.start, : where.pos + 1])[index])
+    whole = trace._array(step, stored)[trace._layer(layer)]  # [T, ..]
+    whole = whole if where.head is None else whole[:, head]
+    return np.asarray((whole if where.pos is None else whole[where.pos - step.start])[index])
+
+
+def _call_of(trace: Trace, where: Id) -> Step:
+    return trace._numbered(where.step) if where.step is not None else trace._step_of(where.pos or 0)
+
+
+def _call_rows(trace: Trace, step: Step, layer: int, site: str) -> Array:
+    """pattern or scores of a call, [H, T, S]."""
+    rows = np.full((trace.config.n_heads, step.n, step.start + step.n), unread(site), np.float32)
+    trace._array(step, str(SITES[site].array))
+    dst, src = step.pairs(layer)
+    rows[:, dst - step.start, src] = step.reads(str(SITES[site].array), layer)
+    return rows
+
+
+def _after_the_layers(trace: Trace, where: Id, stored: str) -> Array:
+    step = _call_of(trace, where)
+    whole = trace._array(step, stored)  # [T', ..]
+    if where.pos is None:
+        return whole
+    row = where.pos - (step.start + step.n - len(whole))
+    if row < 0:
+        raise TraceError(f"the call that computed position {where.pos} was asked for its last logits only")
+    return np.asarray(whole[row])
+
+
 def recorded(trace: Trace, where: Id) -> Array:
-    """The array of a site at a position, as the trace holds it; S, where it has that axis, is the positions up to there.
+    """The array of a site at a position, as the trace holds it; S, where it has that axis, is the positions up to there, or
+    more where a wrong mask let it read on.
 
     `where` is of the form that at_position gives. TraceError where the level does not hold it.
     """
-    assert where.pos is not None
-    if where.layer is None:
-        return trace[f"pos{where.pos}.{where.site}"]
-    if "S" in SITES[where.site].axes:
+    if where.layer is not None and where.pos is not None and "S" in SITES[where.site].axes:
         return Rows(trace, where.site, where.layer).at(where.pos)
-    return trace[f"layer{where.layer}.pos{where.pos}.{where.site}"]
+    return array(trace, replace(where, index=()))
 
 
 def resolve(trace: Trace, given: Id) -> tuple[Array, Callable[[tuple[int, ...]], Id]]:
@@ -233,14 +278,14 @@ def resolve(trace: Trace, given: Id) -> tuple[Array, Callable[[tuple[int, ...]],
         at = at_position(trace, given)
         return np.asarray(recorded(trace, at)[at.index]), lambda index: replace(at, index=at.index + index)
     step, site = trace._numbered(given.step), given.site
-    array = trace[str(given)]
+    whole = array(trace, given)
     if given.layer is None:
-        first = step.start + step.n - len(array)
-        return array, lambda index: Id(site, None, first + index[0], index=index[1:])
+        first = step.start + step.n - len(whole)
+        return whole, lambda index: Id(site, None, first + index[0], index=index[1:])
     head = () if given.head is None else (given.head,)
     if "S" in SITES[site].axes and given.head is None:
-        return array, lambda index: Id(site, given.layer, step.start + index[1], index=(index[0], index[2]))
-    return array, lambda index: Id(site, given.layer, step.start + index[0], index=(*head, *index[1:]))
+        return whole, lambda index: Id(site, given.layer, step.start + index[1], index=(index[0], index[2]))
+    return whole, lambda index: Id(site, given.layer, step.start + index[0], index=(*head, *index[1:]))
 
 
 def order(trace: Trace, at: Id) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from nanokv import ops
 from nanokv.errors import TraceError
+from nanokv.feedback import FeedbackTransformer
 from nanokv.trace import arithmetic
 from nanokv.trace.ids import SITES, Id, recorded
 from nanokv.trace.recorder import Recorder
@@ -47,6 +48,21 @@ class Operands:
         array: Any = getattr(weights if layer is None else weights.blocks[layer], name)
         return None if array is None else np.asarray(array, np.float32)
 
+    @property
+    def shares(self) -> Array:
+        """float32 [L + 1]: a feedback model's, of every depth in its memory."""
+        if not isinstance(self.model, FeedbackTransformer):
+            raise TraceError("this takes a feedback model's shares of the depths: give the model")
+        return self.model.shares
+
+    def kv_input(self) -> str:
+        """What keys and values are made of: the normed state that enters the layer, or in a feedback model the memory."""
+        return "ln_memory" if self.trace.about.architecture == "feedback" else "ln1"
+
+    def kv_layer(self, layer: int) -> int:
+        """Whose weights make a layer's keys and values: its own, or the first's where all share them."""
+        return 0 if getattr(self.model, "shared_kv", False) else layer
+
     def matrix(self, name: str, layer: int | None = None) -> Array:
         """A matrix that every model has."""
         array = self.weight(name, layer)
@@ -70,13 +86,17 @@ class Operands:
 
 
 def _heads_linear(name: str) -> Callable[[Operands, int, int], Array]:
-    return lambda o, l, p: o.linear(o.get("ln1", l, p), f"w{name}", f"b{name}", l).reshape(-1, o.config.head_dim)
+    def linear(o: Operands, layer: int, pos: int) -> Array:
+        x, owner = ("ln1", layer) if name == "q" else (o.kv_input(), o.kv_layer(layer))
+        return o.linear(o.get(x, layer, pos), f"w{name}", f"b{name}", owner).reshape(-1, o.config.head_dim)
+
+    return linear
 
 
 def _heads_normed(name: str) -> Callable[[Operands, int, int], Array]:
     def normed(o: Operands, layer: int, pos: int) -> Array:
         x = o.get(f"{name}_linear", layer, pos)
-        w = o.weight(f"{name}_norm", layer)
+        w = o.weight(f"{name}_norm", layer if name == "q" else o.kv_layer(layer))
         return x if w is None else np.stack([arithmetic.norm("rms", row, w, None, o.config.norm_eps) for row in x])
 
     return normed
@@ -87,6 +107,15 @@ def _act(o: Operands, layer: int, pos: int) -> Array:
     if not o.config.gated_mlp:
         return arithmetic.activate(o.config.activation, up)
     return arithmetic.activate(o.config.activation, o.get("gate", layer, pos)) * up
+
+
+def _memory(o: Operands, layer: int | None, pos: int) -> Array:
+    """The sum of all depths by their shares, from the embedding up (Fan et al. 2020)."""
+    depths = [o.get("resid_pre", 0, pos), *(o.get("resid_post", layer, pos) for layer in range(o.config.n_layers))]
+    memory: Array = o.shares[0] * depths[0]
+    for share, x in zip(o.shares[1:], depths[1:], strict=True):
+        memory = memory + share * x
+    return memory
 
 
 _COMPUTED: dict[str, Callable[[Operands, Any, int], Array]] = {
@@ -102,6 +131,8 @@ _COMPUTED: dict[str, Callable[[Operands, Any, int], Array]] = {
     "up": lambda o, l, p: o.linear(o.get("ln2", l, p), "w_up", "b_up", l),
     "act": _act,
     "mlp_linear": lambda o, l, p: o.linear(o.get("act", l, p), "w_down", "b_down", l),
+    "memory": _memory,
+    "ln_memory": lambda o, l, p: o.norm(o.get("memory", None, p), "attn_norm", o.kv_layer(l)),
     "ln_final": lambda o, l, p: o.norm(o.get("resid_post", o.config.n_layers - 1, p), "final_norm", None),
 }
 
@@ -110,7 +141,7 @@ def rerun(trace: Trace, model: Transformer, pos: int) -> tuple[Trace, int | None
     """The model run on the trace's tokens up to a position, recorded at level `states`, and the first position whose keys
     or values are not those that the trace recorded, by their hashes; None if they all are.
 
-    However the tokens were split into calls, the numbers are the same, so one call will do. TraceError where the trace
+    However the tokens were split into calls, the numbers are the same, so one forward will do. TraceError where the trace
     begins within a sequence, for then it does not hold the tokens before it.
     """
     if trace.steps[0].start > 0:
@@ -119,21 +150,19 @@ def rerun(trace: Trace, model: Transformer, pos: int) -> tuple[Trace, int | None
     recorder = Recorder(level="states")
     model.forward(trace.tokens["token_id"][: pos + 1], observer=recorder, last_logits_only=True)
     again = recorder.trace
-    new = again.steps[0].arrays
-    for step in trace.steps:
-        n = min(step.n, pos + 1 - step.start)
-        if n <= 0:
-            break
-        for name in ("k_hash", "v_hash"):
-            other = step.arrays[name][:, :n] != new[name][:, step.start : step.start + n]
-            if other.any():
-                return again, step.start + int(np.flatnonzero(other.any(axis=(0, 2)))[0])
-    return again, None
+    other = np.zeros(pos + 1, bool)
+    for name in ("k_hash", "v_hash"):
+        old, new = (np.concatenate([step.arrays[name] for step in run.steps], axis=1) for run in (trace, again))  # [L, S, G]
+        other |= (old[:, : pos + 1] != new).any(axis=(0, 2))
+    return again, int(np.argmax(other)) if other.any() else None
 
 
 def check_model(trace: Trace, model: Transformer) -> None:
     """TraceError unless this is the model that was traced, as far as the trace says which it was."""
-    if model.config != trace.config or (trace.model_hash and trace.model_hash != model.fingerprint):
+    feedback = isinstance(model, FeedbackTransformer)
+    if feedback != (trace.about.architecture == "feedback") or model.config != trace.config or (
+        trace.model_hash and trace.model_hash != model.fingerprint
+    ):
         raise TraceError(f"the trace is of another model ({trace.model_name or 'without a name'}, hash "
                          f"{trace.model_hash[:12] or 'unknown'}): this one is {model.name or 'without a name'}, hash "
                          f"{model.fingerprint[:12]}")  # fmt: skip

@@ -92,6 +92,11 @@ class Step(ABC):
     def deviations(self) -> dict[str, str]:
         """What was not of the trace's type of floats when it was reported: {"layer2.k": "float64"}."""
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it takes, in memory or on the disk."""
+
     @cached_property
     def edited(self) -> Edited:
         """What was intervened on."""
@@ -203,6 +208,11 @@ class RecordedStep(Step):
         """What was not of the trace's type of floats when it was reported: {"layer2.k": "float64"}."""
         return self._deviations
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(array.nbytes for array in self._arrays.values())
+
 
 class StoredStep(Step):
     """A step on the disk. Its file is opened when its arrays are used, and may be closed between two uses."""
@@ -223,6 +233,11 @@ class StoredStep(Step):
     def deviations(self) -> dict[str, str]:
         """What was not of the trace's type of floats when it was reported: {"layer2.k": "float64"}."""
         return dict(part.partition("=")[::2] for part in self.arrays.metadata.get("deviations", "").split())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file."""
+        return self._path.stat().st_size
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -108,6 +107,12 @@ class Trace:
     def __repr__(self) -> str:
         return f"<Trace of {self.model_name or 'a model'}: {self.length} tokens in {len(self.steps)} calls, level {self.level}>"
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: whose turns were recorded, and the cache that they left."""
+        from nanokv.trace import notebook
+
+        return notebook.of_trace(self)
+
     @cached_property
     def tokens(self) -> dict[str, Array]:
         """pos, token_id, text, turn, role, step, chunk, sampled: a row for each position."""
@@ -182,10 +187,9 @@ class Trace:
         step3.layer1.head2.pattern   the weights of a head in a call, [T, S]; also scores, q, z, [T, hd]
         step3.logits, pos5.logits    the logits of a call, [T', V], and of a position, [V]; also final_scale
         """
-        for form, resolve in _IDS:
-            if match := re.fullmatch(form, name):
-                return resolve(self, *(int(part) if part.isdigit() else part for part in match.groups()))
-        raise TraceError(f"{name!r} is no id of a trace; ids look like layer1.pos5, step3.layer1.head2.pattern, pos5.logits")
+        from nanokv.trace import ids
+
+        return ids.array(self, ids.parse(name))
 
     def check(self) -> list[Broken]:
         """The laws that the trace breaks, each with the ids that break it: [] if all is well. See `laws`."""
@@ -316,65 +320,3 @@ def _edit(step: Step, name: str) -> Array:
         return np.full(len(step.edited.rows), step.number, np.int32)
     place = list(TABLES["edits"]).index(name) - 1
     return np.array([row[place] for row in step.edited.rows], object if name in ("kind", "site") else np.int32)
-
-
-# Ids. The functions take a trace and the numbers and names that the id's pattern finds.
-
-
-def _at(trace: Trace, layer: int, pos: int, site: str = "resid_pre") -> Array:
-    if layer == trace.config.n_layers and site == "resid_pre":
-        layer, site = layer - 1, "resid_post"
-    step = trace._step_of(pos)
-    if site in _SQUARES:
-        return _rows(trace, step, layer, site)[:, pos - step.start, : pos + 1]
-    return trace._array(step, site)[trace._layer(layer), pos - step.start]
-
-
-def _head_at(trace: Trace, layer: int, pos: int, head: int, site: str) -> Array:
-    return _at(trace, layer, pos, site)[trace._head(head)]
-
-
-def _in_step(trace: Trace, number: int, layer: int, site: str) -> Array:
-    step = trace._numbered(number)
-    return _rows(trace, step, layer, site) if site in _SQUARES else trace._array(step, site)[trace._layer(layer)]
-
-
-def _head_in_step(trace: Trace, number: int, layer: int, head: int, site: str) -> Array:
-    whole = _in_step(trace, number, layer, site)
-    return whole[trace._head(head)] if site in _SQUARES else whole[:, trace._head(head)]
-
-
-def _rows(trace: Trace, step: Step, layer: int, site: str) -> Array:
-    """pattern or scores of a call, [H, T, S]."""
-    stored, empty = _SQUARES[site]
-    trace._array(step, stored)
-    dst, src = step.pairs(trace._layer(layer))
-    rows = np.full((trace.config.n_heads, step.n, step.start + step.n), empty, np.float32)
-    rows[:, dst - step.start, src] = step.reads(stored, layer)
-    return rows
-
-
-def _last_in_step(trace: Trace, number: int, name: str) -> Array:
-    return trace._array(trace._numbered(number), name)
-
-
-def _last_at(trace: Trace, pos: int, name: str) -> Array:
-    step = trace._step_of(pos)
-    array = trace._array(step, name)
-    row = pos - (step.start + step.n - len(array))
-    if row < 0:
-        raise TraceError(f"the call that computed position {pos} was asked for its last logits only")
-    return array[row]
-
-
-_SQUARES = {"pattern": ("weight", 0.0), "scores": ("score", -np.inf)}
-_SITE, _HEAD_SITE = "|".join((*SITES, "q", "k", "v", "z", *_SQUARES)), "|".join(("q", "z", *_SQUARES))
-_IDS: tuple[tuple[str, Callable[..., Array]], ...] = (
-    (r"layer(\d+)\.pos(\d+)", _at),
-    (rf"layer(\d+)\.pos(\d+)\.({_SITE})", _at),
-    (rf"layer(\d+)\.pos(\d+)\.head(\d+)\.({_HEAD_SITE})", _head_at),
-    (rf"step(\d+)\.layer(\d+)\.({_SITE})", _in_step),
-    (rf"step(\d+)\.layer(\d+)\.head(\d+)\.({_HEAD_SITE})", _head_in_step),
-    (r"step(\d+)\.(logits|final_scale)", _last_in_step),
-    (r"pos(\d+)\.(logits|final_scale)", _last_at),
-)

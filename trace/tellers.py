@@ -97,14 +97,40 @@ def _projected(name: str) -> Teller:
 
 def _before_rope(told: Telling, o: Operands, at: Id, name: str, head: int, i: int) -> F:
     layer, pos = at.layer or 0, at.pos or 0
-    h, n = o.get("ln1", layer, pos), head * o.config.head_dim + i
-    where = largest(h, o.matrix(f"w{name}", layer)[n])
-    told.further.append(f"layer{layer}.pos{pos}.ln1[{where}]")
-    x = told.linear(o, h, n, f"w{name}", f"b{name}", layer, lambda k: f"ln1[{k}]")
+    x_site, owner = ("ln1", layer) if name == "q" else (o.kv_input(), o.kv_layer(layer))
+    h, n = o.get(x_site, layer, pos), head * o.config.head_dim + i
+    where = largest(h, o.matrix(f"w{name}", owner)[n])
+    told.further.append(f"layer{layer}.pos{pos}.{x_site}[{where}]")
+    x = told.linear(o, h, n, f"w{name}", f"b{name}", owner, lambda k: f"{x_site}[{k}]")
     if name == "v" or not o.config.qk_norm:
         return x
     row = o.get(f"{name}_linear", layer, pos)[head]
-    return told.norm("rms", row, i, o.weight(f"{name}_norm", layer), None, o.config.norm_eps, f"{name} before its norm")
+    return told.norm("rms", row, i, o.weight(f"{name}_norm", owner), None, o.config.norm_eps, f"{name} before its norm")
+
+
+def _memory(told: Telling, o: Operands, at: Id) -> F:
+    """A feedback model's memory: the embedding and what left each layer, by shares."""
+    (i,), pos = at.index, at.pos or 0
+    told.stage("each depth times its share, from the embedding up", "T3")
+    depths = [f"layer{depth}.pos{pos}[{i}]" for depth in range(o.config.n_layers + 1)]
+    shares = o.shares
+    total = F(0)
+    for depth, name in enumerate(depths):
+        site, layer = ("resid_pre", 0) if depth == 0 else ("resid_post", depth - 1)
+        x, share = o.get(site, layer, pos)[i], shares[depth]
+        if depth == 0:
+            total = told.say(share * x, "{} * {}", share, x, note=f"share 0, {name}")
+        else:
+            total = told.say(total + share * x, "{} + {} * {}", total, share, x, note=f"+ share {depth}, {name}")
+    told.further += depths
+    return total
+
+
+def _ln_memory(told: Telling, o: Operands, at: Id) -> F:
+    layer, (i,) = o.kv_layer(at.layer or 0), at.index
+    told.further.append(f"pos{at.pos}.memory[{i}]")
+    w, b = o.weight("attn_norm", layer), o.weight("attn_norm_bias", layer)
+    return told.norm(o.config.norm, o.get("memory", None, at.pos or 0), i, w, b, o.config.norm_eps, f"pos{at.pos}.memory")
 
 
 def _score(told: Telling, o: Operands, at: Id) -> F:
@@ -264,6 +290,8 @@ TELLERS: dict[str, Teller] = {
     "up": _of_normed("ln2", "w_up", "b_up"),
     "act": _act,
     "mlp_out": _sublayer("mlp_linear", "act", "w_down", "b_down", "post_mlp_norm"),
+    "memory": _memory,
+    "ln_memory": _ln_memory,
     "final_scale": _final_scale,
     "ln_final": _norm_of("resid_post", "final_norm"),
     "logits": _of_normed("ln_final", "head", ""),

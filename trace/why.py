@@ -33,6 +33,7 @@ SUBJECTS = {
     "k": "feature {i} of the key of {dst} in layer {layer} key/value head {head}",
     "v": "feature {i} of the value of {dst} in layer {layer} key/value head {head}",
     "z": "feature {i} of what {dst} found in layer {layer} head {head}",
+    "memory": "feature {i} of the memory of {dst}",
     "final_scale": "what the final norm multiplies the last state of {dst} by",
     "ln_final": "feature {i} of the last state of {dst}, normed",
     "logits": "the logit of token {i} in the prediction at {dst}",
@@ -92,9 +93,6 @@ def explain(trace: Trace, name: str, model: Transformer | None = None) -> Explan
     at, notes = at_position(trace, parse(name)), []
     if trace.about.dtype != "float32":
         raise TraceError(f"the trace is of a model in {trace.about.dtype}; docs/arithmetic.md orders float32")
-    if trace.about.architecture != "standard" and at.site in ("k", "v"):
-        raise TraceError(f"keys and values of the {trace.about.architecture} architecture are made of a memory of all depths, "
-                         "which a trace does not hold")  # fmt: skip
     if len(at.index) != len(shape_at(trace, at)):
         axes = SITES[at.site].axes
         example = f"{name.split('[')[0]}[{','.join('0' * (len(axes) - len(at.index) + name.count(',') + ('[' in name)))}]"
