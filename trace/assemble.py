@@ -170,10 +170,21 @@ def _layer(call: Call, layer: int, source: Source) -> dict[str, Array]:
     if "attn_out" not in known:
         known["attn_out"] = unknown if model is None else _attn_out(model, layer, known["z"])
     known.setdefault("resid_mid", known["resid_pre"] + known["attn_out"])
-    if "mlp_out" not in known:
+    if "mlp_out" not in known and model is not None and "resid_post" in known:
+        known["mlp_out"] = _difference(known["resid_post"], known["resid_mid"])
+    elif "mlp_out" not in known:
         known["mlp_out"] = unknown if model is None else _mlp_out(model, layer, known["resid_mid"])
     known.setdefault("resid_post", known["resid_mid"] + known["mlp_out"])
     return known
+
+
+def _difference(total: Array, part: Array) -> Array:
+    """The other part, so that part + other rounds to the total wherever a float32 does that."""
+    other = total - part
+    for towards in (np.float32(np.inf), np.float32(-np.inf)):
+        near = np.nextafter(other, towards)
+        other = np.where((part + other != total) & (part + near == total), near, other)
+    return other
 
 
 def _queries(model: Transformer, layer: int, x: Array, start: int) -> Array:  # [T, D] -> [T, H, hd]

@@ -6,8 +6,10 @@
 
 `record` runs the model with hooks and has every state. Outputs alone lack some: what a layer's attention and MLP added, and
 the last layer's own output, for the last of `hidden_states` is AFTER the final norm. Where nanokv can load the model, too,
-give that (`like=nanokv.load(folder)`), and what is missing is computed from what is there; else it is NaN. docs/names.md
-has the names side by side. Nothing here imports torch, but for `record` and `weights`, which are given a model that does.
+give that (`like=nanokv.load(folder)`), and what is missing is computed from what is there; else it is NaN. (What an MLP added
+is then the difference of two states. For a few numbers no float32 adds up to the bits, and `check` names these under the
+law `residual`.) docs/names.md has the names side by side. Nothing here imports torch, but for `record` and `weights`, which
+are given a model that does.
 """
 
 from __future__ import annotations
