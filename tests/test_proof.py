@@ -12,7 +12,7 @@ from flows import Given, random_flow, random_patterns
 import nanokv
 from nanokv.edits import ZeroValue
 from nanokv.errors import ModelNotFoundError, TraceError
-from nanokv.trace import Flow, Recorder, cachemap, draw, reach
+from nanokv.trace import Flow, Recorder, cachemap, draw, paths, reach
 from nanokv.trace.making import flow
 from nanokv.trace.verify import spearman
 
@@ -64,6 +64,18 @@ def test_ways_are_counted_exactly_and_none_is_longer_than_the_model_is_deep() ->
     assert len(made.longest_way().edges) == 5
     strengths = [way.strength for way in made.ways(6)]
     assert strengths == sorted(strengths, reverse=True) and len(strengths) == 6
+
+
+@pytest.mark.parametrize("sampled", [(), (3, 5)])
+def test_as_many_ways_are_possible_as_a_flow_of_all_edges_has(sampled: tuple[int, ...]) -> None:
+    made = random_flow(1, 3, 1, 6, heads="merged", sampled=sampled)
+    assert (paths.possible(6, [None] * 3, sampled=sampled) == made.count_ways()).all()
+
+
+def test_ways_are_counted_exactly_over_any_distance_and_a_window_leaves_fewer() -> None:
+    counts = paths.possible(65, [None] * 30)[0]
+    assert counts[0] == math.comb(64 + 29, 29) and counts[63] == 30 and counts[64] == 1
+    assert paths.possible(5, [2] * 3)[0].tolist() == [0, *(math.comb(3, 4 - pos) for pos in range(1, 5))]
 
 
 def test_depth_grows_with_feedback_and_not_with_tokens() -> None:

@@ -2,7 +2,9 @@
 
 Layer l's edges lead from row l of states to row l + 1. A sampled edge leads from the last row of one position to row 0
 of the next; it has layer -1, so that for every edge `layer` is the row it comes from (-1: the last) and `layer + 1` the
-row it leads to.
+row it leads to. With feedback memory there is a row more, L + 1: a memory for each position, to which memory edges lead from
+all depths of that position (their `layer` is the depth), and from which all attention edges come (theirs is the layer that
+reads).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Kind(IntEnum):
     RESIDUAL = 2  # the stream goes on
     MLP = 3  # what the MLP adds
     SAMPLED = 4  # a prediction, drawn, becomes the next position's embedding
+    MEMORY = 5  # a depth's part of what a position leaves for those after it, in a feedback model
 
 
 EDGE = np.dtype([
@@ -74,7 +77,7 @@ class Count:
     crossing: int = 0  # attention from one position to another, sinks aside
     sinks: int = 0  # attention from sinks to other positions
     selves: int = 0  # attention of positions to themselves
-    others: int = 0  # residual, MLP, sampled
+    others: int = 0  # residual, MLP, sampled, memory
 
     @property
     def attention(self) -> int:
@@ -90,17 +93,19 @@ def count(edges: np.ndarray, sinks: Sequence[int]) -> Count:
     return Count(crossing, from_sinks, selves, len(edges) - crossing - from_sinks - selves)
 
 
-def count_all(config: Config, n: int, sinks: Sequence[int], merged: bool, mlp: bool, sampled: int) -> Count:
-    """How many edges there are among the first n positions, whatever they weigh: an attention edge for each read."""
+def count_all(config: Config, n: int, sinks: Sequence[int], merged: bool, mlp: bool, extra: int, feedback: bool) -> Count:
+    """How many edges there are among the first n positions, whatever they weigh: an attention edge for each read. `extra`:
+    how many sampled and memory edges."""
     dst, per_layer, total = np.arange(n), 1 if merged else config.n_heads, Count()
     for layer in range(config.n_layers):
         first = np.maximum(dst + 1 - (config.window_of(layer) or n), 0)
         reads = int((dst - first).sum())
         from_sinks = sum(int(((first <= pos) & (pos < dst)).sum()) for pos in sinks)
         others = n * (2 if mlp else 1)
-        there = Count(per_layer * (reads - from_sinks), per_layer * from_sinks, per_layer * n, others)
+        selves = 0 if feedback else per_layer * n
+        there = Count(per_layer * (reads - from_sinks), per_layer * from_sinks, selves, others)
         total = Count(*(getattr(total, f.name) + getattr(there, f.name) for f in fields(Count)))
-    return replace(total, others=total.others + sampled)
+    return replace(total, others=total.others + extra)
 
 
 class Pool:
@@ -151,62 +156,81 @@ def sampled_edges(positions: np.ndarray, weights: Any = 1.0) -> np.ndarray:
     return _table(Kind.SAMPLED, -1, -1, positions, positions - 1, weights)
 
 
-def _table(kind: Any, layer: int, head: Any, dst: np.ndarray, src: np.ndarray, weight: Any) -> np.ndarray:
+def memory_edges(weights: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """The edges from each depth of a position to its memory, where `there` is one: both [L + 1, n]."""
+    pos, depth = np.nonzero(there.T)
+    return _table(Kind.MEMORY, depth, -1, pos, pos, weights[depth, pos])
+
+
+def _table(kind: Any, layer: Any, head: Any, dst: np.ndarray, src: np.ndarray, weight: Any) -> np.ndarray:
     edges = np.empty(len(dst), EDGE)
     for name, column in zip(EDGE.names or (), (kind, layer, head, dst, src, weight), strict=True):
         edges[name] = column
     return edges
 
 
-def sweep(edges: np.ndarray) -> Iterator[np.ndarray]:
+def ends(edges: np.ndarray, n_layers: int, feedback: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of states that each edge leads from and to, [E] each."""
+    below, above = edges["layer"] % (n_layers + 1), edges["layer"] + 1
+    if feedback:
+        below = np.where(edges["kind"] == Kind.ATTENTION, n_layers + 1, below)
+        above = np.where(edges["kind"] == Kind.MEMORY, n_layers + 1, above)
+    return below, above
+
+
+def sweep(edges: np.ndarray, n_layers: int, feedback: bool) -> Iterator[np.ndarray]:
     """Groups of edge indices, from the prediction back: when a group comes, all edges that lead on from it have been.
 
-    Within a run of positions that were not sampled one from another, a whole layer is one group. A sampled edge comes
-    from the top of the run before, so the runs follow each other, the last one first.
+    Within a run of positions that were not sampled one from another, all that leads to a row is one group. A sampled edge
+    comes from the top of the run before, so the runs follow each other, the last one first. A memory is read by later
+    positions in all rows, so that with feedback each position is a run.
     """
-    starts = np.zeros(int(edges["dst"].max(initial=0)) + 1, np.int64)
+    starts = np.full(int(edges["dst"].max(initial=0)) + 1, int(feedback))
     starts[edges["dst"][edges["kind"] == Kind.SAMPLED]] = 1
-    rank = np.cumsum(starts)[edges["dst"]] * (int(edges["layer"].max(initial=0)) + 2) + edges["layer"]
+    rank = np.cumsum(starts)[edges["dst"]] * (n_layers + 2) + ends(edges, n_layers, feedback)[1]
     order = np.argsort(rank, kind="stable")  # upwards, as the table is for the most part already
     groups = np.split(order, np.flatnonzero(np.diff(rank[order])) + 1)
     yield from (group for group in reversed(groups) if len(group))
 
 
-def weakest_link(edges: np.ndarray, crossing: np.ndarray, influence: np.ndarray, n_layers: int, at: int) -> np.ndarray:
+def weakest_link(edges: np.ndarray, crossing: np.ndarray, influence: np.ndarray, n_layers: int, at: int,
+                 feedback: bool) -> np.ndarray:  # fmt: skip
     """How weak the weakest link is on the strongest way from each crossing edge to the prediction: [E] float64.
 
     The links are the crossing edges on the way, the edge itself among them; the strongest way is the one whose weakest
     link has the most influence. Ways within a position, and sampled edges, are free. 0 for edges that do not cross.
     """
-    best = np.zeros((n_layers + 1, at + 1))  # the same of each state
-    best[-1, at] = np.inf
-    link = np.zeros(len(edges))
-    for group in sweep(edges):
+    best = np.zeros((n_layers + 1 + feedback, at + 1))  # the same of each state
+    best[n_layers, at] = np.inf
+    link, (below, above) = np.zeros(len(edges)), ends(edges, n_layers, feedback)
+    for group in sweep(edges, n_layers, feedback):
         edge, crosses = edges[group], crossing[group]
-        ahead = best[edge["layer"] + 1, edge["dst"]]
+        ahead = best[above[group], edge["dst"]]
         link[group] = np.where(crosses, np.minimum(influence[group], ahead), 0)
         free = (edge["src"] == edge["dst"]) | (edge["kind"] == Kind.SAMPLED)
-        np.maximum.at(best[edge["layer"][0]], edge["src"], np.where(free, ahead, link[group]))
+        np.maximum.at(best, (below[group], edge["src"]), np.where(free, ahead, link[group]))
     return link
 
 
-def on_the_way(edges: np.ndarray, kept: np.ndarray, strong: np.ndarray, n_layers: int, at: int) -> np.ndarray:
+def on_the_way(edges: np.ndarray, kept: np.ndarray, strong: np.ndarray, n_layers: int, at: int,
+               feedback: bool) -> np.ndarray:  # fmt: skip
     """Which edges to keep beside the kept crossing ones: [E] bool.
 
-    Residual edges that lie on a way from a token to the prediction; self-attention and MLP edges there if `strong` [E];
-    sampled edges there if strong, or if their source is a position that has kept edges as well.
+    Residual and memory edges that lie on a way from a token to the prediction; self-attention and MLP edges there if
+    `strong` [E]; sampled edges there if strong, or if their source is a position that has kept edges as well.
     """
     busy = np.zeros(at + 1, bool)
     busy[[at, *edges["src"][kept], *edges["dst"][kept]]] = True
-    live = np.zeros((n_layers + 1, at + 1), bool)  # the states from which a kept way leads to the prediction, or a kept edge
-    live[-1, at] = True
-    result = np.zeros(len(edges), bool)
+    # The states from which a kept way leads to the prediction, or a kept edge.
+    live = np.zeros((n_layers + 1 + feedback, at + 1), bool)
+    live[n_layers, at] = True
+    result, (below, above) = np.zeros(len(edges), bool), ends(edges, n_layers, feedback)
     looked_at = np.flatnonzero(kept | (edges["kind"] != Kind.ATTENTION))
-    for group in sweep(edges[looked_at]):
+    for group in sweep(edges[looked_at], n_layers, feedback):
         these = looked_at[group]
         edge = edges[these]
-        leads, residual = live[edge["layer"] + 1, edge["dst"]], edge["kind"] == Kind.RESIDUAL
+        leads, goes_on = live[above[these], edge["dst"]], np.isin(edge["kind"], (Kind.RESIDUAL, Kind.MEMORY))
         joins = (edge["kind"] == Kind.SAMPLED) & busy[edge["src"]]
-        result[these] = leads & ~kept[these] & (residual | joins | strong[these])
-        np.logical_or.at(live[edge["layer"][0]], edge["src"], kept[these] | (leads & result[these]))
+        result[these] = leads & ~kept[these] & (goes_on | joins | strong[these])
+        np.logical_or.at(live, (below[these], edge["src"]), kept[these] | (leads & result[these]))
     return result

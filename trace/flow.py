@@ -1,6 +1,7 @@
 """Flow: the graph of what led to a prediction: its edges, their influence on it, and what is asked of it.
 
-The nodes are the states of the residual stream, layer{l}.pos{p} for l = 0..L (entering layer l; L is the final one).
+The nodes are the states of the residual stream, layer{l}.pos{p} for l = 0..L (entering layer l; L is the final one). With
+feedback memory there is a node more for each position, pos{p}.memory, which all layers of later positions read: row L + 1.
 `making.py` makes it of a trace.
 """
 
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nanokv.trace import labels
-from nanokv.trace.edges import EDGE, Count, Kind, count
+from nanokv.trace.edges import EDGE, Count, Kind, count, ends
 from nanokv.trace.prediction import Prediction
 from nanokv.trace.sinks import Sink
 
@@ -51,7 +52,7 @@ class Flow:
     edges: Array  # [E] of EDGE: kind, layer, head, dst, src, weight
     influence: Array  # [E] float64: how much of what reaches the prediction passes through (spread.py)
     link: Array  # [E] float64: the weakest link on the strongest way from a crossing edge to the prediction (edges.py)
-    states: Array  # [L + 1, n] float64: what each state counts for, in the measure's unit if that is of the prediction
+    states: Array  # [rows, n] float64: what each state counts for, in the measure's unit if that is of the prediction
     tokens: Tokens
     n_layers: int
     at: int  # the position whose prediction is explained
@@ -63,11 +64,26 @@ class Flow:
     made: Count = field(default_factory=Count)  # edges of the whole run, up to this position
     total: float = 0.0  # the influence of all crossing edges before any pruning: how often, on average, it changed position
     dropped: Count = field(default_factory=Count)  # edges that are not here
+    feedback: bool = False  # whether layers read memories of all depths (memory.py)
     biases: float = 0.0  # by `target`: what the biases did for the goal, beside the words
     notes: tuple[str, ...] = ()  # what was selected, in words
     proof: Proof | None = None  # what cutting its edges did
     whole: Flow | None = None  # what it was cut down from
     words: dict[str, tuple[str, float]] = field(default_factory=dict)  # by a state's id: what it would predict, with what p
+
+    @property
+    def rows(self) -> int:
+        """How many rows of nodes there are: L + 1, and with feedback memory one more."""
+        return self.n_layers + 1 + self.feedback
+
+    @property
+    def ends(self) -> tuple[Array, Array]:
+        """The rows that each edge leads from and to, [E] each."""
+        return ends(self.edges, self.n_layers, self.feedback)
+
+    def name(self, row: int, pos: int) -> str:
+        """The id of a node."""
+        return f"pos{pos}.memory" if row > self.n_layers else f"layer{row}.pos{pos}"
 
     @property
     def crossing(self) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanokv.cache import KVCache
 from nanokv.edits import Add, Cut, Edit, Replace, ZeroValue
-from nanokv.trace.parts import Array, Goal, LayerWeights, TraceLike
+from nanokv.trace.parts import Array, Goal, LayerWeights, TraceLike, has_feedback
 from nanokv.transformer import Observer
 
 How = Literal["value-zero", "knockout"]
@@ -91,7 +91,7 @@ def _all(trace: TraceLike, model: Any, goal: Goal, merged: bool, how: How) -> It
     config, n = trace.config, goal.at + 1
     replay = Replay(model, trace.tokens["token_id"][:n])
     weights = np.zeros((config.n_layers, 1 if merged else config.n_heads, n, n), np.float32)
-    edges = list(_edges(config, n, merged))  # in order of dst
+    edges = list(_edges(config, n, merged, has_feedback(trace)))  # in order of dst
     for edge, effect in zip(edges, counted(effects(replay, goal, edges, how), len(edges)), strict=True):
         layer, head, dst, src = edge
         weights[layer, max(head, 0), dst, src] = effect
@@ -99,13 +99,14 @@ def _all(trace: TraceLike, model: Any, goal: Goal, merged: bool, how: How) -> It
         yield LayerWeights(layer, weights[layer], np.zeros(n, np.float32))
 
 
-def _edges(config: Any, n: int, merged: bool) -> Iterator[Edge]:
-    """(layer, head, dst, src) of every edge that may count: in the last layer nothing but what the last position reads."""
+def _edges(config: Any, n: int, merged: bool, feedback: bool) -> Iterator[Edge]:
+    """(layer, head, dst, src) of every edge that may count: in the last layer nothing but what the last position reads, unless
+    what the others come to there is read, too, as in a feedback model, where no position reads itself."""
     for dst in range(n):
-        for layer in range(config.n_layers if dst == n - 1 else config.n_layers - 1):
+        for layer in range(config.n_layers if feedback or dst == n - 1 else config.n_layers - 1):
             window = config.window_of(layer) or n
             for head in (-1,) if merged else range(config.n_heads):
-                yield from ((layer, head, dst, src) for src in range(max(0, dst + 1 - window), dst + 1))
+                yield from ((layer, head, dst, src) for src in range(max(0, dst + 1 - window), dst + 1 - feedback))
 
 
 def counted(runs: Iterator[float], total: int) -> Iterator[float]:

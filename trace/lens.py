@@ -24,11 +24,11 @@ def lens(flow: Flow, trace: TraceLike, model: Any) -> dict[str, tuple[str, float
     The state goes through the final norm and the head, as if no layer came after. Needs a trace of level `states`.
     """
     check_model("the logit lens", trace, model)
-    edges = flow.edges[flow.crossing | (flow.edges["kind"] == Kind.SAMPLED)]
-    rows = flow.n_layers + 1
-    begins = zip((edges["layer"] % rows).tolist(), edges["src"].tolist(), strict=True)
-    ends = zip((edges["layer"] + 1).tolist(), edges["dst"].tolist(), strict=True)
-    places = sorted({(flow.n_layers, flow.at), *begins, *ends})
+    kept = flow.crossing | np.isin(flow.edges["kind"], (Kind.SAMPLED, Kind.MEMORY))
+    edges, (below, above) = flow.edges[kept], (rows[kept] for rows in flow.ends)
+    begins = zip(below.tolist(), edges["src"].tolist(), strict=True)
+    ends = zip(above.tolist(), edges["dst"].tolist(), strict=True)
+    places = sorted({state for state in {(flow.n_layers, flow.at), *begins, *ends} if state[0] <= flow.n_layers})
     words = {}
     for first in range(0, len(places), ROWS):
         part = places[first : first + ROWS]

@@ -12,7 +12,8 @@
 The first, third and fourth weigh the edges into a state against each other: how much of that reaches the prediction is
 found by sharing it out from the prediction down (`spread.py`). The weights of the others are of the prediction already.
 
-A measure is a function (trace, model, goal, merged) -> iterator of LayerWeights. MEASURES names them.
+A measure is a function (trace, model, goal, merged) -> iterator of LayerWeights. MEASURES names them. Of a feedback model
+`memory.py` takes them, and says what each depth gave to a memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A flow as a graph for other programs, and back: node-link JSON, and networkx's MultiDiGraph.
 
-Nodes are states, named layer{l}.pos{p}, with their layer, position, token, and what the state counts for. Edges have a kind,
-layer, head, weight, influence and link. What else the flow knows stands in the graph's own attributes, so that a flow comes
-back as it went, but for its proof, its words, and what pruning had taken away.
+Nodes are states, named layer{l}.pos{p} (and memories, pos{p}.memory, of a feedback model), with their layer, position, token,
+and what the state counts for. Edges have a kind, layer, head, weight, influence and link. What else the flow knows stands in
+the graph's own attributes, so that a flow comes back as it went, but for its proof, its words, and what pruning had taken
+away.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from nanokv.errors import MissingExtraError, TraceError
 from nanokv.trace.edges import EDGE, Count, Kind
 from nanokv.trace.flow import Flow, Tokens
 from nanokv.trace.prediction import Prediction
-from nanokv.trace.scene import state_id
 from nanokv.trace.sinks import Sink
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def from_networkx(graph: networkx.MultiDiGraph) -> Flow:
 def _about(flow: Flow) -> dict[str, Any]:
     return {
         "format": NAME, "measure": flow.measure, "heads": flow.heads, "at": flow.at, "n_layers": flow.n_layers,
+        "feedback": flow.feedback,
         "windows": list(flow.windows), "prediction": asdict(flow.prediction), "sinks": [asdict(sink) for sink in flow.sinks],
         "made": asdict(flow.made), "total": flow.total, "biases": flow.biases,
         "notes": list(flow.notes), "tokens": asdict(flow.tokens),
@@ -76,18 +77,19 @@ def _about(flow: Flow) -> dict[str, Any]:
 def _nodes(flow: Flow) -> list[dict[str, Any]]:
     tokens = flow.tokens
     return [
-        {"id": state_id(layer, pos), "layer": layer, "pos": pos, "token": tokens.text[pos], "turn": tokens.turn[pos],
+        {"id": flow.name(layer, pos), "layer": layer, "pos": pos, "token": tokens.text[pos], "turn": tokens.turn[pos],
          "role": tokens.role[pos], "state": float(flow.states[layer, pos])}
-        for layer in range(flow.n_layers + 1) for pos in range(len(tokens))
+        for layer in range(flow.rows) for pos in range(len(tokens))
     ]  # fmt: skip
 
 
 def _edges(flow: Flow) -> list[dict[str, Any]]:
-    rows, keys = flow.n_layers + 1, dict[tuple[str, str], int]()
+    keys = dict[tuple[str, str], int]()
     edges = []
-    numbers = zip(flow.edges.tolist(), flow.influence.tolist(), flow.link.tolist(), strict=True)
-    for (kind, layer, head, dst, src, weight), influence, link in numbers:
-        ends = state_id(layer % rows, src), state_id(layer + 1, dst)
+    rows = zip(*(row.tolist() for row in flow.ends), strict=True)
+    numbers = zip(flow.edges.tolist(), rows, flow.influence.tolist(), flow.link.tolist(), strict=True)
+    for (kind, layer, head, dst, src, weight), (below, above), influence, link in numbers:
+        ends = flow.name(below, src), flow.name(above, dst)
         key = keys[ends] = keys.get(ends, -1) + 1
         edges.append({
             "source": ends[0], "target": ends[1], "key": key, "kind": Kind(kind).name.lower(), "layer": layer, "head": head,
@@ -102,17 +104,20 @@ def _flow(about: dict[str, Any], nodes: list[dict[str, Any]], listed: list[dict[
     edges = np.zeros(len(listed), EDGE)
     for i, edge in enumerate(listed):
         edges[i] = (Kind[edge["kind"].upper()], *(edge[name] for name in ("layer", "head", "dst", "src", "weight")))
-    order = np.lexsort((edges["src"], edges["dst"], edges["head"], _PLACE[edges["kind"]], edges["layer"] % (2**14)))
+    # As a flow's own table has them: layer by layer, then sampled edges, then those into memories.
+    after = np.where(edges["kind"] == Kind.MEMORY, 2**14, edges["layer"] % (2**14))
+    order = np.lexsort((edges["layer"], edges["src"], edges["dst"], edges["head"], _PLACE[edges["kind"]], after))
     tokens = Tokens(**{name: tuple(column) for name, column in about["tokens"].items()})
-    states = np.zeros((about["n_layers"] + 1, len(tokens)))
+    states = np.zeros((about["n_layers"] + 1 + about["feedback"], len(tokens)))
     for node in nodes:
         states[node["layer"], node["pos"]] = node["state"]
     influence, link = (np.array([edge[name] for edge in listed], np.float64)[order] for name in ("influence", "link"))
     return Flow(
         edges[order], influence, link, states, tokens, about["n_layers"], about["at"], Prediction(**about["prediction"]),
         about["measure"], about["heads"], tuple(Sink(**sink) for sink in about["sinks"]), tuple(about["windows"]),
-        Count(**about["made"]), about["total"], biases=about["biases"], notes=tuple(about["notes"]),
+        Count(**about["made"]), about["total"], feedback=about["feedback"],
+        biases=about["biases"], notes=tuple(about["notes"]),
     ).counted()  # fmt: skip
 
 
-_PLACE = np.array([2, 2, 0, 1, 3])  # residual, MLP, then attention of both kinds, as a flow's own table has them
+_PLACE = np.array([2, 2, 0, 1, 3, 4])  # residual, MLP, then attention of both kinds, as a flow's own table has them

@@ -33,6 +33,11 @@ class TraceLike(Protocol):
     def logits(self, pos: int) -> Array | None: ...  # [V]
 
 
+def has_feedback(trace: TraceLike) -> bool:
+    """Whether it is the run of a feedback model (`nanokv.feedback`), whose layers read one memory of each earlier position."""
+    return getattr(getattr(trace, "about", None), "architecture", "standard") == "feedback"
+
+
 @dataclass(frozen=True)
 class Goal:
     """What the flow is to explain: the prediction at a position, and the logit or difference of two to aim at."""

@@ -39,7 +39,7 @@ def prune(flow: Flow, share: float = 0.9, threshold: float = 0.0, top_k: int | N
     keep = np.zeros(len(flow.edges), bool)
     keep[taken] = True
     strong = flow.influence >= max(threshold, float(flow.link[taken].min(initial=1.0)))
-    return flow.only(keep | on_the_way(flow.edges, keep, strong, flow.n_layers, flow.at))
+    return flow.only(keep | on_the_way(flow.edges, keep, strong, flow.n_layers, flow.at, flow.feedback))
 
 
 def select(flow: Flow, *, layers: Which | None = None, heads: Which | None = None, src: Which | None = None,
@@ -95,12 +95,12 @@ def cone(flow: Flow, layer: int, pos: int, direction: Literal["up", "down"] = "d
     if not (0 <= layer <= flow.n_layers and 0 <= pos <= flow.at):
         raise TraceError(f"there is no state layer{layer}.pos{pos} in this flow: layers are 0 to {flow.n_layers}, positions 0 "
                          f"to {flow.at}")  # fmt: skip
-    edges, inside = flow.edges, np.zeros((flow.n_layers + 1, flow.at + 1), bool)
+    edges, inside, rows = flow.edges, np.zeros((flow.rows, flow.at + 1), bool), flow.ends
     inside[layer, pos] = True
     keep = np.zeros(len(edges), bool)
-    groups = list(sweep(edges))
+    groups = list(sweep(edges, flow.n_layers, flow.feedback))
     for group in groups if direction == "down" else reversed(groups):
-        below, above = (edges["layer"][group], edges["src"][group]), (edges["layer"][group] + 1, edges["dst"][group])
+        below, above = (rows[0][group], edges["src"][group]), (rows[1][group], edges["dst"][group])
         known, other = (above, below) if direction == "down" else (below, above)
         keep[group] = inside[known]
         np.logical_or.at(inside, other, keep[group])

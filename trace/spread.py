@@ -54,22 +54,17 @@ class Shared:
         brought = attention.sum(axis=(0, 2)) + residual  # [n]
         mlp = weights.mlp_share
         if mlp is None and weights.mlp is not None:
-            mlp = _part(np.abs(weights.mlp.astype(np.float64)), brought + np.abs(weights.mlp))
-        return _part(attention, brought[:, None]), _part(residual, brought), mlp
+            mlp = part(np.abs(weights.mlp.astype(np.float64)), brought + np.abs(weights.mlp))
+        return part(attention, brought[:, None]), part(residual, brought), mlp
 
 
-class Whole:
-    """Takes the weights for the influence; `states` are those of the measure, or else what its edges from there come to."""
-
-    def __init__(self, sinks: Sequence[int]) -> None:
-        self.sinks = list(sinks)
-
-    def down(self, weights: LayerWeights) -> Influence:
-        attention, residual = np.abs(weights.attention.astype(np.float64)), np.abs(weights.residual.astype(np.float64))
-        attention[:, :, self.sinks] *= np.eye(len(residual))[:, self.sinks]
-        mlp = None if weights.mlp is None else np.abs(weights.mlp.astype(np.float64))
-        states = attention.sum(axis=(0, 1)) + residual if weights.states is None else weights.states
-        return Influence(attention, residual, mlp, states)
+def whole_influence(weights: LayerWeights, sinks: Sequence[int]) -> Influence:
+    """The weights' sizes as the influence; `states` are those of the measure, or else what its edges from there come to."""
+    attention, residual = np.abs(weights.attention.astype(np.float64)), np.abs(weights.residual.astype(np.float64))
+    attention[:, :, list(sinks)] *= np.eye(len(residual))[:, list(sinks)]
+    mlp = None if weights.mlp is None else np.abs(weights.mlp.astype(np.float64))
+    states = attention.sum(axis=(0, 1)) + residual if weights.states is None else weights.states
+    return Influence(attention, residual, mlp, states)
 
 
 def sampled_tops(layers: Iterable[LayerWeights], at: int, sampled: Sequence[int], sinks: Sequence[int]) -> Array:
@@ -91,5 +86,6 @@ def sampled_tops(layers: Iterable[LayerWeights], at: int, sampled: Sequence[int]
     return tops
 
 
-def _part(size: Array, whole: Array) -> Array:
+def part(size: Array, whole: Array) -> Array:
+    """size / whole, and 0 where the whole is 0."""
     return np.divide(size, whole, out=np.zeros_like(size), where=whole > 0)

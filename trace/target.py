@@ -13,6 +13,7 @@ The effects are signed, and complete: at every layer, what all positions' states
 above them do, add up to the logit (`LayerWeights.states` and `.bias`). They are direct effects: why a head attends where
 it does (the queries and keys) is held fixed, and so is what the norms and gates make of a change. Cutting an edge
 (`verify.py`) says how far that is true. Elhage et al. 2021 split attention into these two circuits, QK and OV; this is OV.
+In a feedback model the same sweep goes position by position (`memory.py`).
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def target(trace: TraceLike, model: Any, goal: Goal, merged: bool) -> Iterator[L
     for layer in reversed(range(config.n_layers)):
         block = model.weights.blocks[layer]
         before, mid, written = (trace.state(site, layer)[:n] for site in ("resid_pre", "resid_mid", "mlp_out"))
-        mlp_effect = _dots(covector, written)
+        mlp_effect = dots(covector, written)
         covector, mlp_bias = frozen_mlp(block, mid, config).pull(covector)
-        stream = _dots(covector, before)
-        attention = FrozenAttention(block, trace.pattern(layer)[:, :n, :n], trace.values(layer)[:n], before, config)
-        edges, covector, attention_bias = attention.pull(covector)
+        stream = dots(covector, before)
+        pattern, values = trace.pattern(layer)[:, :n, :n], trace.values(layer)[:n]
+        edges, at_src, heads_bias = pull_heads(block, pattern, values, covector, config)
+        below, values_bias = pull_values(block, frozen_norm(before, block.attn_norm, block.attn_norm_bias, config), at_src)
+        covector = covector + below
         edges = edges.sum(axis=0, keepdims=True) if merged else edges
-        bias = mlp_bias + attention_bias + above
-        yield LayerWeights(layer, edges, stream, mlp_effect, bias=bias, states=_dots(covector, before))
+        bias = mlp_bias + heads_bias + values_bias + above
+        yield LayerWeights(layer, edges, stream, mlp_effect, bias=bias, states=dots(covector, before))
         above = np.zeros(n)
 
 
@@ -60,7 +63,7 @@ def at_the_head(trace: TraceLike, model: Any, goal: Goal) -> tuple[Array, Array]
     covector, bias = np.zeros((n, config.d_model), np.float32), np.zeros(n)
     covector[goal.at] = norm.pull(row[None])[0]
     if norm.bias is not None:
-        bias[goal.at] = _dots(row, norm.bias)
+        bias[goal.at] = dots(row, norm.bias)
     return covector, bias
 
 
@@ -82,12 +85,12 @@ class FrozenMLP:
         inner = (g @ self.w_down) * self.gate  # [n, F]
         bias = np.zeros(len(g))
         if self.b_down is not None:
-            bias += _dots(g, self.b_down)
+            bias += dots(g, self.b_down)
         if self.b_up is not None:
-            bias += _dots(inner, self.b_up)
+            bias += dots(inner, self.b_up)
         inner = inner @ self.w_up  # [n, D]
         if self.norm.bias is not None:
-            bias += _dots(inner, self.norm.bias)
+            bias += dots(inner, self.norm.bias)
         return covector + self.norm.pull(inner), bias
 
 
@@ -108,43 +111,33 @@ def frozen_mlp(block: Any, x: Array, config: Config) -> FrozenMLP:
     return FrozenMLP(w_up, w_down, gate, norm, post_norm, block.b_up, block.b_down)
 
 
-class FrozenAttention:
-    """Attention with its norms as the affine map that it was: the weights of every head held."""
-
-    def __init__(self, block: Any, pattern: Array, values: Array, x: Array, config: Config) -> None:
-        """For pattern [H, n, n], values [n, G, hd] and resid_pre x [n, D]."""
-        self.block, self.pattern, self.values, self.config = block, pattern, values, config
-        self.wo, self.wv = np.asarray(block.wo), np.asarray(block.wv)
-        self.norm = frozen_norm(x, block.attn_norm, block.attn_norm_bias, config)
-        self.kv_head = np.arange(config.n_heads) // (config.n_heads // config.n_kv_heads)
-
-    def pull(self, covector: Array) -> tuple[Array, Array, Array]:
-        """resid_mid's covector [n, D] -> each edge's effect [H, n, n]; resid_pre's covector; what the biases do [n]."""
-        config, block, n = self.config, self.block, len(covector)
-        g = norm_after_attention(block, self._written(), config).pull(covector) if config.post_norms else covector  # [n, D]
-        at_dst = (g @ self.wo).reshape(n, config.n_heads, config.head_dim)  # [n, H, hd]
-        at_src = np.zeros(self.values.shape, g.dtype)  # [n, G, hd]
-        edges = np.empty_like(self.pattern)
-        for head, kv in enumerate(self.kv_head.tolist()):
-            np.matmul(at_dst[:, head], self.values[:, kv].T, out=edges[head])
-            edges[head] *= self.pattern[head]
-            at_src[:, kv] += self.pattern[head].T @ at_dst[:, head]
-        at_src = at_src.reshape(n, -1)
-        bias = np.zeros(n)
-        for covectors, vector in ((g, block.bo), (at_src, block.bv)):
-            if vector is not None:
-                bias += _dots(covectors, vector)
-        below = at_src @ self.wv  # [n, D]
-        if self.norm.bias is not None:
-            bias += _dots(below, self.norm.bias)
-        return edges, covector + self.norm.pull(below), bias
-
-    def _written(self) -> Array:
-        """What the heads and the output bias wrote, before a norm on it: [n, D]."""
-        z = np.stack([self.pattern[head] @ self.values[:, kv] for head, kv in enumerate(self.kv_head)], axis=1)
-        return ops.linear(z.reshape(len(z), -1), self.wo, self.block.bo)
+def pull_heads(block: Any, pattern: Array, values: Array, covector: Array, config: Config) -> tuple[Array, Array, Array]:
+    """From resid_mid's covector [m, D] through the heads, whose weights are held: each edge's effect [H, m, n], the
+    covector of the values [n, G, hd], and what the output bias does [m]. For pattern [H, m, n] and values [n, G, hd]."""
+    kv_head = np.arange(config.n_heads) // (config.n_heads // config.n_kv_heads)
+    g = covector  # [m, D]
+    if config.post_norms:
+        z = np.stack([weights @ values[:, kv] for weights, kv in zip(pattern, kv_head, strict=True)], axis=1)  # [m, H, hd]
+        g = norm_after_attention(block, ops.linear(z.reshape(len(z), -1), block.wo, block.bo), config).pull(covector)
+    at_dst = (g @ np.asarray(block.wo)).reshape(len(g), config.n_heads, config.head_dim)  # [m, H, hd]
+    at_src = np.zeros(values.shape, g.dtype)  # [n, G, hd]
+    edges = np.empty_like(pattern)
+    for head, kv in enumerate(kv_head.tolist()):
+        np.matmul(at_dst[:, head], values[:, kv].T, out=edges[head])
+        edges[head] *= pattern[head]
+        at_src[:, kv] += pattern[head].T @ at_dst[:, head]
+    return edges, at_src, np.zeros(len(g)) if block.bo is None else dots(g, block.bo)
 
 
-def _dots(a: Array, b: Array) -> Array:
+def pull_values(block: Any, norm: FrozenNorm, at_src: Array) -> tuple[Array, Array]:
+    """From the covector of the values [n, G, hd] to that of what they were made of [n, D], through its norm; and what the
+    biases do [n]."""
+    g = at_src.reshape(len(at_src), -1)  # [n, G*hd]
+    below = g @ np.asarray(block.wv)  # [n, D]
+    bias = np.zeros(len(g)) if block.bv is None else dots(g, block.bv)
+    return norm.pull(below), bias if norm.bias is None else bias + dots(below, norm.bias)
+
+
+def dots(a: Array, b: Array) -> Array:
     """The inner products of the rows, summed in float64: what cancels in them must not leave float32's rounding."""
     return np.asarray(np.sum(a * b, axis=-1, dtype=np.float64))

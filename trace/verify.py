@@ -123,11 +123,11 @@ def verify(flow: Flow, model: Any, how: How = "value-zero") -> Proof:
     )  # fmt: skip
 
 
-def goal_in_words(flow: Flow) -> str:
-    """The logit, or difference of two, that the flow is to."""
-    against = flow.prediction.against
-    name = f"logit({labels.visible(flow.prediction.text)})"
-    return name if against is None else f"{name} − logit({labels.visible(against)})"
+def goal_in_words(flow: Flow, basic: bool = False) -> str:
+    """The logit, or difference of two, that the flow is to; `basic` as in `labels.visible`."""
+    prediction = flow.prediction
+    texts = (prediction.text,) if prediction.against is None else (prediction.text, prediction.against)
+    return " − ".join(f"logit({labels.isolated(labels.visible(text[:40], basic=basic))})" for text in texts)
 
 
 def spearman(a: Array, b: Array) -> float:
@@ -154,11 +154,10 @@ class _Rows(Unobserved):
         return site == "pattern"
 
     def read(self, layer: int, start: int, slots: Slots, scores: Array | None, weights: Array | None) -> None:
-        ends = np.cumsum(slots.stop - slots.first)
-        for dst in self.positions:
-            first, stop, end = slots.first[dst - start], slots.stop[dst - start], ends[dst - start]
+        for dst in self.positions.intersection(range(start, start + len(slots.first))):
+            t, ends = dst - start, slots.ranges.ends
             row = np.zeros((len(slots.kv_head), dst + 1), np.float32)
-            row[:, first:stop] = weights[:, end - (stop - first) : end]  # type: ignore[index]
+            row[:, slots.first[t] : slots.stop[t]] = weights[:, ends[t] : ends[t + 1]]  # type: ignore[index]
             self.weights[layer, dst] = row.mean(axis=0, keepdims=True) if self.merged else row
 
     def of(self, edge: Edge) -> float:
