@@ -82,14 +82,15 @@ def cut(options: argparse.Namespace) -> None:
 
     model = _model(options)
     tokens = _tokens(model, options.prompt)
+    if not -len(tokens) <= options.at < len(tokens):
+        raise NanokvError(f"there is no position {options.at}: the prompt has {len(tokens)} tokens, at 0 to {len(tokens) - 1}")
     if options.edge:
         edges = [cutting.parsed(text) for text in options.edge]
     else:
         recorder = Recorder(level="states")
         model.forward(tokens, observer=recorder)
         edges = cutting.strongest(_flow(model, options, recorder.trace), options.strongest)
-    end = options.at % len(tokens) + 1 if -len(tokens) <= options.at < len(tokens) else len(tokens)
-    for line in cutting.report(model, tokens[:end], edges, options.how):
+    for line in cutting.report(model, tokens[: options.at % len(tokens) + 1], edges, options.how):
         print(line)
 
 

@@ -19,7 +19,7 @@ from nanokv.errors import DrawError
 from nanokv.trace import Flow, draw, labels
 from nanokv.trace.grid import MANY
 from nanokv.trace.layout import arrange
-from nanokv.trace.look import Look
+from nanokv.trace.look import WIDE, Look
 from nanokv.trace.making import flow
 from nanokv.trace.scene import FOR, Scene
 
@@ -87,6 +87,33 @@ def test_long_labels_are_wrapped_and_then_cut() -> None:
     assert len(lines) == 2 and lines[-1].endswith("…")
     assert all(labels.width(line, 10) <= 60 for line in lines)
     assert labels.wrap(labels.units("short"), 10, 60, 2) == ("short",)
+
+
+def test_a_word_of_two_lines_is_broken_near_its_middle() -> None:
+    assert labels.balanced(labels.units("neighbourhoods"), 10, 75, 2) == ("neighbo", "urhoods")
+    assert labels.balanced(labels.units("short"), 10, 75, 2) == ("short",)
+    assert labels.balanced(labels.units("x" * 100), 10, 60, 2) == labels.wrap(labels.units("x" * 100), 10, 60, 2)
+
+
+def test_a_sentence_is_broken_at_spaces_and_within_words_that_are_longer_than_a_line() -> None:
+    assert labels.wrap_words("to be or not", 10, 40) == ("to be or", "not")
+    lines = labels.wrap_words("a " + "x" * 50 + " b", 10, 60)
+    assert "".join(lines).replace(" ", "") == "a" + "x" * 50 + "b"
+    assert all(labels.width(line, 10) <= 60 for line in lines)
+
+
+def test_a_title_keeps_its_words_and_shows_what_would_be_unseen() -> None:
+    assert labels.sentence("What\nis\tit?") == "What is it?"
+    assert labels.sentence("a\0b\u202ec\ud800") == "a\\x00b\\u202ec\\ud800"
+
+
+@needs_program
+def test_what_appears_under_the_pointer_shows_backslashes_as_the_picture_does() -> None:
+    texts = ["\\", "\\N", "\n", "a\\l", "\\\\"]
+    root = ElementTree.fromstring(drawn(random_flow(0, 1, 1, len(texts), texts=texts).prune(1.0)))
+    tips = "\n".join(element.get("{http://www.w3.org/1999/xlink}title", "") for element in root.iter())
+    for pos, text in enumerate(texts):
+        assert f"{labels.phrase(text)} {pos}" in tips
 
 
 @needs_program
@@ -207,7 +234,11 @@ def test_very_many_edges_are_drawn_without_heads_and_labels() -> None:
     assert made.crossing.sum() > MANY
     scene = arrange(made)
     assert not any(stroke.head for stroke in scene.strokes if stroke.ends)
-    assert len([stroke for stroke in scene.strokes if stroke.color == FOR]) >= made.crossing.sum()
+    drawn = [path for stroke in scene.strokes if stroke.color == FOR for path in (stroke.points, *stroke.more)]
+    assert made.crossing.sum() <= len(drawn) < made.crossing.sum() + 200  # bars, and a key in the legend
+    assert len(scene.strokes) < made.crossing.sum() / 4
+    strongest = max(stroke.pen for stroke in scene.strokes if stroke.more and stroke.color == FOR)
+    assert strongest > 0.95 * WIDE.pen  # edges that are drawn together are nearly alike
 
 
 @needs_program

@@ -30,13 +30,15 @@ from nanokv.trace.scene import (
 from nanokv.trace.verify import goal_in_words
 
 BAR = 24.0  # the height of the longest bar below a token
+DIFFERENCE = ", difference"  # how the measure's name ends in the difference of two runs
+BESIDE = {Kind.SELF: "self-attention", Kind.MLP: "MLP"}  # bars right of a stream
 
 
 def add(flow: Flow, scene: Scene, places: Grid, look: Look) -> None:
     """Put all words and rules into the scene, and cut the paper to it."""
     margin = look.sizes.margin
     bottom = _tokens(flow, scene, places, look)
-    _layers(scene, places, look)
+    _layers(flow, scene, places, look)
     left, right = 0.0, max(places.right, look.room)
     top = _heading(flow, scene, places, look, right)
     if not look.room:
@@ -150,11 +152,12 @@ def _turns(flow: Flow, scene: Scene, places: Grid, y: float, look: Look) -> floa
     return y - 6 - 1.4 * tiny
 
 
-def _layers(scene: Scene, places: Grid, look: Look) -> None:
+def _layers(flow: Flow, scene: Scene, places: Grid, look: Look) -> None:
     """The names of the rows on the left, and faint rules along them."""
-    last, rules, wide = max(places.y), [], look.sizes.tiny > 6
+    rules, wide = [], look.sizes.tiny > 6
+    last = ("final", "memory") if wide else ("end", "mem")
     for row, y in places.y.items():
-        name = "final" if row == last and wide else "end" if row == last else f"layer {row}" if wide else f"L{row}"
+        name = last[row - flow.n_layers] if row >= flow.n_layers else f"layer {row}" if wide else f"L{row}"
         scene.texts.append(Text((0, y), (name,), look.sizes.facts - 0.5, SOFT, left=True))
         rules.append(Stroke(straight((places.left - 8, y), (places.right, y)), 0.6, RULE))
     for first, end, y in places.folds:
@@ -165,7 +168,7 @@ def _layers(scene: Scene, places: Grid, look: Look) -> None:
 
 def _heading(flow: Flow, scene: Scene, places: Grid, look: Look, right: float) -> float:
     """The prediction above its column, the question and its answer on the left; returns how far up they reach."""
-    y = places.y[flow.n_layers]
+    y = max(places.y.values())
     texts = list(_prediction(flow, places, look, y))
     left = min(text.box[0] for text in texts)
     top = max(text.box[3] for text in texts)
@@ -189,37 +192,47 @@ def _prediction(flow: Flow, places: Grid, look: Look, y: float) -> Iterator[Text
     x, sizes, chance = places.x[flow.at], look.sizes, flow.prediction.probability
     unders = ["predicted" if chance is None else f"p = {chance:.2f}" if chance >= 0.005 else f"p = {chance:.0e}"]
     if flow.prediction.against is not None and flow.prediction.value is not None:
-        other = "".join(labels.units(flow.prediction.against[:20], basic=look.basic))
+        other = labels.isolated(labels.visible(flow.prediction.against[:20], basic=look.basic))
         unders.append(f"logit {signed(flow.prediction.value)} over {other}")
-    room = 200.0
-    if look.room:
-        room = max(2 * (look.room - x), 40.0)
-        unders = [unders[0], *(line for line in unders[1:] if labels.width(line, sizes.facts) <= room)]
+    room = 0.8 * look.room or 200.0
+
+    def middle(line: str, size: float) -> float:
+        """That of the column, or further left if the line would not end on the paper."""
+        return min(x, look.room - labels.width(line, size) / 2) if look.room else x
+
     at = y + 6 + sizes.facts * 0.6
     for line in reversed(unders):
-        yield Text((x, at), (line,), sizes.facts, SOFT)
+        (line,) = labels.wrap(line, sizes.facts, room, 1)
+        yield Text((middle(line, sizes.facts), at), (line,), sizes.facts, SOFT)
         at += 1.3 * sizes.facts
-    word = labels.wrap(labels.units(flow.prediction.text[:60], basic=look.basic), sizes.prediction, room, 1)
-    yield Text((x, at - 0.6 * sizes.facts + 0.62 * sizes.prediction), word, sizes.prediction, FOR)
+    (word,) = labels.wrap(labels.units(flow.prediction.text[:60], basic=look.basic), sizes.prediction, room, 1)
+    place = middle(word, sizes.prediction), at - 0.6 * sizes.facts + 0.62 * sizes.prediction
+    yield Text(place, (word,), sizes.prediction, FOR)
 
 
 def _heading_lines(flow: Flow, look: Look) -> Iterator[tuple[str, float, str]]:
     """The question, what cutting has shown, and what is drawn: each with its size and colour."""
     sizes, basic = look.sizes, look.basic
     if look.title != "":
-        yield look.title or question(flow, basic), sizes.title, INK
+        yield labels.sentence(look.title) if look.title else question(flow, basic), sizes.title, INK
     if flow.proof is not None:
         yield proven(flow, basic), sizes.facts + 1, INK
     kept, held = int(flow.crossing.sum()), f"{flow.share:.0%}" if flow.share < 0.995 else "all"
-    unit = MEASURES[flow.measure].unit if flow.measure in MEASURES else flow.measure
-    if flow.signed:
-        unit = unit.replace("the logit", goal_in_words(flow))
     yield (f"Shown: {kept:,} of {flow.made.attention:,} attention edges, with {held} of the influence between positions. "
-           f"Measure {flow.measure}: {unit}."), sizes.facts, SOFT  # fmt: skip
+           f"{measured(flow, basic)}"), sizes.facts, SOFT  # fmt: skip
+
+
+def measured(flow: Flow, basic: bool) -> str:
+    """The measure, and what an edge's weight is, in a sentence."""
+    name, difference, _ = flow.measure.partition(DIFFERENCE)
+    unit = MEASURES[name].unit.replace("the logit", goal_in_words(flow, basic)) if name in MEASURES else ""
+    return f"Measure {name}{f': {unit}' if unit else ''}{'; in this run less in the other' if difference else ''}."
 
 
 def question(flow: Flow, basic: bool) -> str:
     """What the picture answers."""
+    if flow.measure.endswith(DIFFERENCE):
+        return "Which edges differ between the two runs?"
     prediction = flow.prediction
     word, against = (phrase(text or "", basic) for text in (prediction.text, prediction.against))
     if prediction.token_id is None:
@@ -236,7 +249,8 @@ def proven(flow: Flow, basic: bool) -> str:
     answer, before = (phrase(cut.answer, basic) for cut in (last, proof.before))
     what = f"the answer becomes {answer}" if proof.flips else f"the answer is still {before}"
     stays = f"{before} stays" if like.answer == proof.before.answer else f"it becomes {phrase(like.answer, basic)}"
-    control = f" Cut {like.n} others of like attention, and {stays} ({_plain(like.value)})." if like.n else ""
+    others = "another" if like.n == 1 else f"{like.n} others"
+    control = f" Cut {others} of like attention, and {stays} ({_plain(like.value)})." if like.n else ""
     numbers = f"{_plain(proof.before.value)} → {_plain(last.value)}"
     which = "numbered one" if numbered(proof) else "strongest"
     which = f"the {which}" if last.n == 1 else f"the {last.n} {which}{'s' if numbered(proof) else ''}"
@@ -268,7 +282,7 @@ def _legend(flow: Flow, scene: Scene, places: Grid, look: Look, left: float, rig
             y -= step
         y += step
         x += wide + 14
-    paragraphs = [" ".join(_sentences(flow, places, look)), look.caption or ""]
+    paragraphs = [" ".join(_sentences(flow, places, look)), labels.sentence(look.caption or "")]
     for line in (line for text in paragraphs if text for line in labels.wrap_words(text, size, right - left)):
         y -= step
         scene.texts.append(Text((left, y), (line,), size, SOFT, left=True))
@@ -278,20 +292,25 @@ def _legend(flow: Flow, scene: Scene, places: Grid, look: Look, left: float, rig
 def _keys(flow: Flow) -> Iterator[tuple[str, float, str, str, bool | None]]:
     """Colour, pen, style and meaning of each sort of stroke; and its end: an arrow, a bar (True) or none."""
     kinds, weights = set(flow.edges["kind"].tolist()), flow.edges["weight"][flow.crossing]
-    measure = MEASURES.get(flow.measure)
-    unit, stream = (flow.measure, "") if measure is None else (measure.unit, measure.stream)
+    name, difference, _ = flow.measure.partition(DIFFERENCE)
+    measure = MEASURES.get(name)
+    unit, stream = (name, "") if measure is None else (measure.unit, measure.stream)
     each = {"apart": "each head", "merged": "heads merged", "summed": "heads summed"}[flow.heads]
     if flow.signed:
-        yield FOR, 3.0, "solid", f"attention, {each}, for the answer{_span(weights[weights > 0], '+')}", False
-        yield AGAINST, 3.0, "solid", f"against it{_span(weights[weights < 0], '+')}", True
+        up, down = ("more than in the other run", "less") if difference else ("for the answer", "against it")
+        yield FOR, 3.0, "solid", f"attention, {each}, {up}{_span(weights[weights > 0], '+')}", False
+        if (flow.edges["weight"] < 0).any() or (flow.states[0] < 0).any():
+            yield AGAINST, 3.0, "solid", f"{down}{_span(weights[weights < 0], '+')}", True
     else:
         yield FOR, 3.0, "solid", f"attention, {each}: {unit}{_span(weights)}", False
     yield STREAM, 5.0, "solid", f"residual stream: {stream}" if stream else "residual stream", None
-    beside = {Kind.SELF: "self-attention", Kind.MLP: "MLP"}
-    if names := [name for kind, name in beside.items() if kind in kinds]:
-        yield FOR if flow.signed else MLP, 1.4, "solid", f"beside it: {', then '.join(names)}", None
+    for colors in ({Kind.SELF: FOR, Kind.MLP: FOR},) if flow.signed else ({Kind.SELF: FOR}, {Kind.MLP: MLP}):
+        if names := [BESIDE[kind] for kind in colors if kind in kinds]:
+            yield next(iter(colors.values())), 1.4, "solid", f"beside it: {', then '.join(names)}", None
     if Kind.SAMPLED in kinds:
         yield SOFT, 1.0, "dashed", "sampled token", None
+    if Kind.MEMORY in kinds:
+        yield FOR if flow.signed else SOFT, 2.0, "solid", "what a depth gave to its position's memory", None
 
 
 def _span(weights: np.ndarray, sign: str = "") -> str:
@@ -306,8 +325,9 @@ def _sentences(flow: Flow, places: Grid, look: Look) -> Iterator[str]:
         yield f"Shown: {'; '.join(flow.notes)}."
     if flow.dropped.crossing or flow.dropped.others or flow.dropped.selves:
         others = flow.dropped.others + flow.dropped.selves
-        yield (f"Not drawn: {flow.dropped.crossing:,} attention edges, with {1 - flow.share:.0%} of the influence that passes "
-               f"between positions, and {others:,} edges of other kinds.")  # fmt: skip
+        crossing = labels.several(flow.dropped.crossing, "attention edge")
+        yield (f"Not drawn: {crossing}, with {1 - flow.share:.0%} of the influence that passes between positions, and "
+               f"{labels.several(others, 'edge')} of other kinds.")  # fmt: skip
     if flow.signed and flow.states[0].any():
         words = float(flow.states[0].sum())
         more = f"; with the {signed(flow.biases)} of the biases, to {signed(words + flow.biases)}" if flow.biases else ""
@@ -320,6 +340,8 @@ def _sentences(flow: Flow, places: Grid, look: Look) -> Iterator[str]:
         what = "predicted and actual change" if flow.proof.signed else "weight and size of the change"
         n = len(flow.proof.cuts)
         yield f"{n} edges cut one by one: rank correlation of {what} {_plain(flow.proof.correlation)}."
+    if flow.words and places.lanes:
+        yield "Small words at states: what each would predict, were it the last one (the logit lens)."
     folds = [name for name, folded in (("layers", places.folds), ("tokens", any(c.folded for c in places.columns))) if folded]
     if folds:
         yield f"…: {' and '.join(folds)} folded, where no kept attention edge begins or ends."

@@ -28,18 +28,25 @@ def parsed(text: str) -> Edge:
 
 def strongest(flow: Flow, n: int) -> list[Edge]:
     """The n edges between positions that speak most for the prediction."""
+    if n < 1:
+        raise TraceError(f"strongest is {n}; it is how many edges to cut, 1 or more")
     edges = flow.edges[flow.crossing]
     order = np.argsort(-edges["weight"], kind="stable")[:n]
     return [(int(e["layer"]), int(e["head"]), int(e["dst"]), int(e["src"])) for e in edges[order] if e["weight"] > 0]
 
 
 def report(model: Any, tokens: Any, edges: Sequence[Edge], how: How) -> Iterator[str]:
-    """The edges, and the likeliest tokens before and after they are cut, in words."""
+    """The edges, and the likeliest tokens at the end of `tokens` before and after they are cut, in words. Raises TraceError or
+    EditError for an edge that is not there."""
+    for layer, head, dst, src in edges:
+        if dst >= len(tokens):
+            raise TraceError(f"edge {layer}:{'*' if head < 0 else head}:{dst}:{src} leads to position {dst}, and those up to "
+                             f"the prediction are 0 to {len(tokens) - 1}")  # fmt: skip
     replay = Replay(model, tokens)
     edits = [EDITS[how](layer, dst, src, None if head < 0 else head) for layer, head, dst, src in edges]
     after = replay.edited(edits)
     what = "what they bring is taken away" if how == "value-zero" else "they are not read, and the others share their weight"
-    yield f"{len(edges)} attention edges cut: {what} ({how})"
+    yield f"{labels.several(len(edges), 'attention edge')} cut: {what} ({how})"
     for layer, head, dst, src in edges:
         names = (f"{labels.phrase(replay.text(int(replay.tokens[pos])))} {pos}" for pos in (src, dst))
         yield f"  layer {layer} {'all heads' if head < 0 else f'head {head}'}: {' -> '.join(names)}"

@@ -41,19 +41,27 @@ def difference(flow: Flow, other: Flow) -> Flow:
         flow, edges=edges, influence=np.zeros(len(edges)), link=np.zeros(len(edges)), states=flow.states - other.states,
         tokens=replace(flow.tokens, text=changed), prediction=replace(flow.prediction, value=None), sinks=sinks, proof=None,
         whole=None, words={}, biases=flow.biases - other.biases, measure=f"{flow.measure}, difference",
-        notes=(*flow.notes, f"this run less one that predicts {labels.phrase(other.prediction.text)}"),
+        notes=(*flow.notes, f"this run less one {_predicting(flow, other)}"),
     )  # fmt: skip
     size = np.where(made.from_sinks, 0, np.abs(edges["weight"].astype(np.float64)))
     total = float(size[made.crossing].sum())
     size = size / total if total > 0 else size
-    link = weakest_link(edges, made.crossing, size, flow.n_layers, flow.at)
+    link = weakest_link(edges, made.crossing, size, flow.n_layers, flow.at, flow.feedback)
     same = {sink.pos for sink in flow.sinks} == {sink.pos for sink in other.sinks}
     here = flow.made if same else count(edges, [sink.pos for sink in sinks])
     return replace(made, influence=size, link=link, total=1.0 if total > 0 else 0.0, made=here).counted()
 
 
+def _predicting(flow: Flow, other: Flow) -> str:
+    """What the other run makes of the prediction, in words."""
+    word, chance = labels.phrase(other.prediction.text), other.prediction.probability
+    if other.prediction.token_id != flow.prediction.token_id or chance is None:
+        return f"that is to predict {word}"
+    return f"in which {word} has p = {chance:.2g}"
+
+
 def _check(flow: Flow, other: Flow) -> None:
-    for name in ("n_layers", "at", "measure", "heads"):
+    for name in ("n_layers", "at", "measure", "heads", "feedback"):
         a, b = getattr(flow, name), getattr(other, name)
         if a != b:
             raise TraceError(f"two flows can be compared that have the same {name}; these have {a!r} and {b!r}")

@@ -29,6 +29,7 @@ from nanokv.trace.scene import PAPER, Dot, Point, Rect, Scene, Stroke, Text, str
 Colors = Mapping[str, str]  # of a theme, by what they are for
 
 FORMATS = ("svg", "png", "pdf", "dot")
+SANS = ("Liberation Sans", "Nimbus Sans", "DejaVu Sans", "Noto Sans")
 DPI, MOST_PIXELS = 144, 16000  # of a PNG; one that would be larger gets fewer dots an inch
 NOTEBOOK = 60  # attention edges; a flow with more is pruned to these before a notebook shows it
 
@@ -124,7 +125,7 @@ def drawn(arranged: Callable[[Look], Scene], suffix: str, chosen: Look) -> bytes
     if suffix == "png" and program.pure:
         chosen = replace(chosen, basic=True)
     if suffix == "pdf":
-        return _pdf(drawn(arranged, "svg", chosen))
+        return _pdf(drawn(arranged, "svg", replace(chosen, font=_with_sans(chosen.font))))
     scene = arranged(chosen)
     command = [program.path, "-Kneato", "-n2", f"-T{suffix}"]
     if suffix == "png":
@@ -138,6 +139,14 @@ def drawn(arranged: Callable[[Look], Scene], suffix: str, chosen: Look) -> bytes
         said = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
         raise DrawError(f"{program.path} could not draw a {suffix}: {said[:500]}")
     return done.stdout
+
+
+def _with_sans(font: str) -> str:
+    """The font, or else one without serifs that typst finds, which knows no such family by itself."""
+    import typst
+
+    there = set(typst.Fonts().families())
+    return ",".join([font, *(name for name in SANS if name in there)])
 
 
 def _pdf(svg: bytes) -> bytes:
@@ -176,7 +185,7 @@ def _statements(scene: Scene, chosen: Look) -> Iterator[str]:
     for number, dot in enumerate(scene.dots):
         yield _dot(dot.name or f"mark{number}", dot, colors)
     for number, text in enumerate(scene.texts):
-        yield _text(f"text{number}", text, colors)
+        yield _text(f"text{number}", text, colors, right)
 
 
 def _stroke(stroke: Stroke, states: set[str], colors: Colors) -> Iterator[str]:
@@ -184,11 +193,12 @@ def _stroke(stroke: Stroke, states: set[str], colors: Colors) -> Iterator[str]:
     ends = stroke.ends if stroke.ends is not None and states.issuperset(stroke.ends) else ("from", "to")
     edge = f'\t"{ends[0]}" -> "{ends[1]}"' if ends[0] != "from" else "\tfrom -> to"
     style = "" if stroke.style == "solid" else f", style={stroke.style}"
-    tip = f", tooltip={labels.quote(*(stroke.tip or ' ').splitlines())}" if stroke.tip or stroke.ends is None else ""
+    tip = f", tooltip={_tip(stroke.tip)}" if stroke.tip or stroke.ends is None else ""
     points, head = _cut(stroke) if stroke.head and not stroke.bar else (stroke.points, ())
     color = colors[stroke.color]
-    yield f'{edge} [pos="{_path(points)}", penwidth={_number(stroke.pen)}, color="{color}{_alpha(stroke.alpha)}"{style}{tip}]\n'
-    opaque = _on_paper(color, stroke.alpha, colors[PAPER])
+    paths = ";".join(map(_path, (points, *stroke.more)))
+    yield f'{edge} [pos="{paths}", penwidth={_number(stroke.pen)}, color="{color}{_alpha(stroke.alpha)}"{style}{tip}]\n'
+    opaque = _on_paper(color, stroke.alpha, colors[PAPER]) if stroke.head else ""
     if head:
         place = f'pos="e,{_place(head[-1])} {_path(head[:-1])}"'
         yield f'{edge} [{place}, arrowhead=normal, arrowsize={_number(stroke.head / 10)}, penwidth=0.2, color="{opaque}"]\n'
@@ -232,9 +242,9 @@ def _alpha(alpha: float) -> str:
 def _rect(name: str, rect: Rect, colors: Colors) -> str:
     left, bottom, right, top = rect.box
     size = f"width={_number((right - left) / 72)}, height={_number((top - bottom) / 72)}, fixedsize=true"
-    look_of = f'shape=box, style=filled, penwidth=0, fillcolor="{colors[rect.color]}{_alpha(rect.alpha)}"'
+    look_of = f'shape=box, style=filled, penwidth=0, fillcolor="{_on_paper(colors[rect.color], rect.alpha, colors[PAPER])}"'
     identity = f' id="{rect.name}",' if rect.name else ""
-    place, tip = _place(((left + right) / 2, (bottom + top) / 2)), labels.quote(*(rect.tip or " ").splitlines())
+    place, tip = _place(((left + right) / 2, (bottom + top) / 2)), _tip(rect.tip)
     return f'\t"{name}" [{identity} pos="{place}!", {size}, {look_of}, tooltip={tip}]\n'
 
 
@@ -244,23 +254,29 @@ def _dot(name: str, dot: Dot, colors: Colors) -> str:
     shape = f"shape=circle, width={size}, height={size}, fixedsize=true, style=filled"
     identity = f' id="{dot.name}",' if dot.name else ""
     seen = filled if dot.size else 'fillcolor="#FFFFFF00", penwidth=0'
-    return f'\t"{name}" [{identity} pos="{_place(dot.at)}!", {shape}, {seen}, tooltip={labels.quote(*dot.tip.splitlines())}]\n'
+    return f'\t"{name}" [{identity} pos="{_place(dot.at)}!", {shape}, {seen}, tooltip={_tip(dot.tip)}]\n'
 
 
-def _text(name: str, text: Text, colors: Colors) -> str:
+def _text(name: str, text: Text, colors: Colors, edge: float) -> str:
+    """A text as a node; `edge` is the right one of the paper, beyond which it makes no room."""
     left, bottom, right, top = text.box
     label, at, room = labels.quote(*text.lines), text.at, ""
     if text.left:  # to begin exactly there in any font, it stands at the left of a box of our own width
         label = labels.quote(*text.lines, left=True)
-        wide = 1.05 * (right - left)  # or it would be moved to the left in a font that is a little wider after all
+        # Or it would be moved to the left in a font that is a little wider after all.
+        wide = max(min(1.05 * (right - left), edge - left), 1.0)
         at = left + wide / 2, (bottom + top) / 2
         room = f", fixedsize=true, width={_number(wide / 72)}, height={_number((top - bottom) / 72)}"
     if text.backed:
         size = f"width={_number((right - left) / 72)}, height={_number(0.8 * (top - bottom) / 72)}"
         room = f', shape=box, fixedsize=true, {size}, style=filled, penwidth=0, fillcolor="{colors[PAPER]}"'
-    tip = f", tooltip={labels.quote(text.tip)}" if text.tip else ""
+    tip = f", tooltip={_tip(text.tip)}" if text.tip else ""
     seen = f'fontsize={_number(text.size)}, fontcolor="{colors[text.color]}"'
     return f'\t{name} [pos="{_place(at)}!", label={label}, {seen}{room}{tip}]\n'
+
+
+def _tip(text: str) -> str:
+    return labels.quote(*(text or " ").splitlines(), tip=True)
 
 
 def _path(points: tuple[Point, ...]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from nanokv.errors import TraceError
 from nanokv.trace import schema
 from nanokv.trace.diff import diff as diff
+from nanokv.trace.labels import several
 from nanokv.trace.store import Step, Trace
 from nanokv.trace.why import why as why
 
@@ -88,8 +89,8 @@ def show(
         raise TraceError(f"step {step} is not in the trace: its steps are {trace.steps[0].number} to {trace.steps[-1].number}")
     yield repr(trace)
     c, choice, teller = trace.config, Choice(layer, head, pos, src, everything), _Teller(trace)
-    yield f"  each token writes {_n(c.n_layers * c.n_kv_heads, 'key')} and as many values to the cache: one for each of " \
-          f"{_n(c.n_kv_heads, 'key/value head')} in {_n(c.n_layers, 'layer')}"  # fmt: skip
+    yield f"  each token writes {several(c.n_layers * c.n_kv_heads, 'key')} and as many values to the cache: one for each of " \
+          f"{several(c.n_kv_heads, 'key/value head')} in {several(c.n_layers, 'layer')}"  # fmt: skip
     if not schema.holds(trace.level, "weights"):
         yield "  by how much an entry was read is recorded from level weights on"
     sinks = {} if everything else _sinks(trace, choice)
@@ -199,17 +200,17 @@ class _Teller:
         for each in told[:most]:
             yield f"  {self.sentence(step, each)}"
         if len(told) > most:
-            more = _n(len(told) - most, "more pair of tokens", "more pairs of tokens")
+            more = several(len(told) - most, "more pair of tokens", "more pairs of tokens")
             yield f"  ... {more}, {told[most].weight:.2f} and less; see --most, --layer, --head, --pos"
         if before and step.n == 1:
             yield f"  the token just before: {self.sentence(step, before[0])}"
         elif before:
             first, ends = before[0], dict.fromkeys(f"{each.weight:.2f}" for each in (before[-1], before[0]))
             extent = " to ".join(ends)
-            yield (f"  the token just before: read by {_n(len(before), 'position')}, {extent}, most by {self.name(first.dst)} "
-                   f"in layer {first.layer} head {first.head}")  # fmt: skip
+            yield (f"  the token just before: read by {several(len(before), 'position')}, {extent}, most by "
+                   f"{self.name(first.dst)} in layer {first.layer} head {first.head}")  # fmt: skip
         if pairs.few:
-            yield f"  ... {_n(pairs.few, 'read')} of less than {LEAST}"
+            yield f"  ... {several(pairs.few, 'read')} of less than {LEAST}"
 
     def _unfolded(self, step: Step, choice: Choice, most: int) -> Iterator[str]:
         """The strongest reads, each by itself."""
@@ -220,7 +221,7 @@ class _Teller:
             found = sorted([*found, *_top(reads, reads.weight, most)], key=lambda each: -each.weight)[:most]
         yield from (f"  {self.sentence(step, each)}" for each in found)
         if total > len(found):
-            yield f"  ... {_n(total - len(found), 'more read')}; see --most"
+            yield f"  ... {several(total - len(found), 'more read')}; see --most"
 
     def _by_position(self, step: Step, choice: Choice, sinks: Sequence[int], most: int) -> Iterator[str]:
         pairs, shares = _Pairs(step), np.zeros((step.n, len(PLACES)))
@@ -237,7 +238,7 @@ class _Teller:
             for each in sorted(mine, key=lambda each: -each.weight)[:EACH]:
                 yield f"    {self.sentence(step, each)}"
         if step.n > most:
-            yield f"  ... {_n(step.n - most, 'more position')}; see --most, --pos"
+            yield f"  ... {several(step.n - most, 'more position')}; see --most, --pos"
 
     def _by_head(self, step: Step, choice: Choice, sinks: Sequence[int], by: By, most: int) -> Iterator[str]:
         """Layers in their order; of heads those first that read single other tokens the most: by the mean, over positions,
@@ -261,7 +262,7 @@ class _Teller:
             yield f"  {title} {_shares(share)}"
             yield from (f"    {self.sentence(step, each)}" for each in told if each.weight >= LEAST)
         if len(groups) > len(shown):
-            yield f"  ... {_n(len(groups) - len(shown), f'more {by}')}; see --most, --layer, --head"
+            yield f"  ... {several(len(groups) - len(shown), f'more {by}')}; see --most, --layer, --head"
 
     def sentence(self, step: Step, told: Told) -> str:
         """One read in words."""
@@ -273,7 +274,7 @@ class _Teller:
             row = told.src - self.origin
             when = "in this call" if told.src >= step.start else f"in step {self.tokens['step'][row]}"
             of = f"{self.name(told.src)} (written {when}, {self.tokens['role'][row]})"
-        also = f"; {_n(told.also, 'other head reads', 'other heads read')} {ALSO} or more" if told.also else ""
+        also = f"; {several(told.also, 'other head reads', 'other heads read')} {ALSO} or more" if told.also else ""
         return f"layer {told.layer} head {told.head}: {self.name(told.dst)} reads {told.weight:.2f} of {of}{also}"
 
 
@@ -335,10 +336,6 @@ def _place_of(reads: Reads, sinks: Sequence[int]) -> Array:
 def _shares(shares: Array) -> str:
     told = [(name, share) for name, share in zip(PLACES, shares, strict=True) if share >= LEAST]
     return ", ".join(f"{share:.2f} of {name}" for name, share in told) or "nothing"
-
-
-def _n(n: int, one: str, many: str | None = None) -> str:
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def _cut(text: str, n: int) -> str:

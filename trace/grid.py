@@ -18,6 +18,7 @@ from nanokv.trace.scene import Column, Grid
 
 WIDTH = 360.0  # points: a shorter row of tokens is stretched to this
 PAGE = 900.0  # points: a row of tokens longer than this is folded where nothing happens, then set smaller
+BARS = 5.0  # points right of the columns, for the bars beside the last one
 MANY = 2000  # attention edges: with more, arrowheads, head labels and tooltips would only be noise
 
 Array = np.ndarray
@@ -40,7 +41,7 @@ def fitting(flow: Flow, look: Look) -> Flow:
     n = int(flow.crossing.sum())
     while look.room and n:
         columns, _ = _columns(flow, look)
-        if sum(column.width for column in columns) <= look.room - look.sizes.names:
+        if sum(column.width for column in columns) <= look.room - look.sizes.names - BARS:
             break
         n = min(n - 1, int(0.8 * n))
         smaller = flow.prune(1.0, top_k=n)
@@ -53,10 +54,12 @@ def fitting(flow: Flow, look: Look) -> Flow:
 def grid(flow: Flow, look: Look) -> Grid:
     """Fold what is empty, and give everything else its place."""
     edges, sampled = shown(flow), flow.edges[flow.edges["kind"] == Kind.SAMPLED]
-    rows = {flow.n_layers, *edges["layer"].tolist(), *(edges["layer"] + 1).tolist(), *([0] if len(sampled) else [])}
+    rows = {flow.n_layers, *edges["layer"].tolist(), *([0] if len(sampled) else [])}
+    for between in (flow.crossing, flow.edges["kind"] == Kind.MEMORY):
+        rows |= {row for ends in flow.ends for row in ends[between].tolist()}
     columns, size = _columns(flow, look)
     sizes, left = look.sizes, look.sizes.names
-    wide = look.room - left if look.room else WIDTH
+    wide = look.room - left - BARS if look.room else WIDTH
     stretch = max(wide / sum(column.width for column in columns), 1.0)
     columns = tuple(replace(column, width=stretch * column.width) for column in columns)
     x: dict[int, float] = {}
@@ -67,11 +70,12 @@ def grid(flow: Flow, look: Look) -> Grid:
     least, most = sizes.row
     usual = min(max(0.4 * right / len(rows), least), most)
     if len(edges) > MANY:
-        y, folds = _rows(sorted(rows), np.full(flow.n_layers, usual), least)
+        y, folds = _rows(sorted(rows), np.full(flow.rows - 1, usual), least)
         return Grid(columns, x, y, folds, 0.0, right, size, left, ())
     below, high = lanes.assign(edges, pens(edges, sizes) + sizes.lane, x, flow.n_layers)
     squeeze = np.minimum(1, sizes.lanes / np.maximum(high, 1))  # [L]
-    y, folds = _rows(sorted(rows), np.maximum(usual, lanes.CLEAR + squeeze * high + 0.3 * least), least)
+    between = np.maximum(usual, lanes.CLEAR + squeeze * high + 0.3 * least)  # [L]
+    y, folds = _rows(sorted(rows), np.append(between, usual), least)
     layers = edges["layer"].tolist()
     heights = [y[layer + 1] - lanes.CLEAR - squeeze[layer] * depth for layer, depth in zip(layers, below, strict=True)]
     return Grid(columns, x, y, folds, 0.0, right, size, left, tuple(map(float, heights)))
@@ -82,7 +86,7 @@ def _columns(flow: Flow, look: Look) -> tuple[tuple[Column, ...], float]:
     edges, used = flow.edges[flow.crossing], {flow.at, *(sink.pos for sink in flow.sinks)}
     for touched in (edges, flow.edges[flow.edges["kind"] == Kind.SAMPLED]):
         used |= {*touched["src"].tolist(), *touched["dst"].tolist()}
-    page = look.room - look.sizes.names if look.room else PAGE
+    page = look.room - look.sizes.names - BARS if look.room else PAGE
     columns: tuple[Column, ...] = ()
     size = 0.0
     for size, longest_run, room in look.sizes.tokens:
@@ -100,7 +104,7 @@ def _set_tokens(flow: Flow, used: set[int], look: Look, size: float, longest_run
             yield Column(pos, end - 1, ("…",), max(least, labels.width(f"{pos}–{end - 1}", look.sizes.tiny) + 4))
             pos = end
             continue
-        lines = labels.wrap(labels.units(flow.tokens.text[pos][:200], basic=look.basic), size, room, 2)
+        lines = labels.balanced(labels.units(flow.tokens.text[pos][:200], basic=look.basic), size, room, 2)
         yield Column(pos, pos, lines, max(least, *(labels.width(line, size) + 0.8 * size for line in lines)))
         pos += 1
 

@@ -8,7 +8,8 @@ A model's tokens are arbitrary bytes: newlines, quotes, half characters, marks t
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 # Widths of the characters ' ' to '~' in hundredths of the font size: of each the wider one in Helvetica and DejaVu
 # Sans, the two fonts that a viewer of these pictures most likely has.
@@ -31,6 +32,11 @@ _BLANKS = frozenset(
 ).union(range(0xE0100, 0xE01F0))
 _NAMED = {" ": "·", "\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"} | {"·": "\\xb7"}  # the dot means a space
 _MOST_MARKS = 3  # combining marks on one letter, after which they are written out: they would climb into other text
+
+
+def several(n: int, one: str, many: str | None = None) -> str:
+    """So many of a thing, in words: 1 edge, 2 edges."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def visible(text: str, *, basic: bool = False) -> str:
@@ -67,16 +73,24 @@ def _is_basic(char: str) -> bool:
     return any(first <= ord(char) <= last for first, last in _BASIC_RANGES)
 
 
+@lru_cache(4096)
 def phrase(text: str, *, basic: bool = False, limit: int = 40) -> str:
     """A token inside a sentence: visible, at most `limit` pieces long, in quotation marks.
 
-    Text written from right to left is isolated (U+2068, U+2069), or it would pull the words after it to its other side.
     """
     pieces = units(text, basic=basic)
-    shown = "".join(pieces if len(pieces) <= limit else [*pieces[: limit - 9], "…", *pieces[-8:]])
-    if any(unicodedata.bidirectional(char) in ("R", "AL", "AN") for char in shown):
-        return f"\u2068“{shown}”\u2069"
-    return f"“{shown}”"
+    return f"“{isolated(''.join(pieces if len(pieces) <= limit else [*pieces[: limit - 9], '…', *pieces[-8:]]))}”"
+
+
+def sentence(text: str) -> str:
+    """A title or a caption: line breaks and tabs are spaces, and what else is unseen is written out."""
+    return "".join(char if char.isprintable() else " " if char in "\n\t\r" else _escape(ord(char)) for char in text)
+
+
+def isolated(shown: str) -> str:
+    """Visible text that may stand among other words: what is written from right to left would pull those after it to its
+    other side, so it is put between U+2068 and U+2069."""
+    return f"\u2068{shown}\u2069" if any(unicodedata.bidirectional(char) in ("R", "AL", "AN") for char in shown) else shown
 
 
 def width(text: str, size: float) -> float:
@@ -107,6 +121,18 @@ def wrap(pieces: Iterable[str], size: float, room: float, most_lines: int) -> tu
     return tuple(lines)
 
 
+def balanced(pieces: Sequence[str], size: float, room: float, most_lines: int) -> tuple[str, ...]:
+    """`wrap`, with lines about as long as each other where there are several and all has room."""
+    lines = wrap(pieces, size, room, most_lines)
+    whole = sum(width(piece, size) for piece in pieces)
+    if len(lines) == 1 or sum(map(len, lines)) < sum(map(len, pieces)):
+        return lines
+    narrow = whole / len(lines)
+    while narrow < room and len(wrap(pieces, size, narrow, most_lines + 1)) > len(lines):
+        narrow += 0.25 * size
+    return wrap(pieces, size, min(narrow, room), most_lines)
+
+
 def _end_in_dots(line: str, size: float, room: float) -> str:
     while line and width(line + "…", size) > room:
         line = line[:-1]
@@ -114,18 +140,20 @@ def _end_in_dots(line: str, size: float, room: float) -> str:
 
 
 def wrap_words(text: str, size: float, room: float) -> tuple[str, ...]:
-    """A sentence in as many lines as it needs."""
+    """A sentence in as many lines as it needs; a word is broken only if it is longer than a line."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and width(f"{lines[-1]} {word}", size) > room:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+            lines.append("")
+        first, *rest = wrap(word, size, room, len(word) + 1)
+        lines[-1] = f"{lines[-1]} {first}" if lines[-1] else first
+        lines += rest
     return tuple(lines)
 
 
-def quote(*lines: str, left: bool = False) -> str:
+def quote(*lines: str, left: bool = False, tip: bool = False) -> str:
     """A DOT string of these lines, centred or all at the left. Their characters all stand for themselves; `<` starts
-    nothing within quotes."""
-    escaped = [line.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"') for line in lines]
+    nothing within quotes. In a tooltip (`tip`) graphviz looks for escapes twice."""
+    backslash = "\\\\" * (2 if tip else 1)
+    escaped = [line.replace("&", "&amp;").replace("\\", backslash).replace('"', '\\"') for line in lines]
     return '"' + ("".join(f"{line}\\l" for line in escaped) if left else "\\n".join(escaped)) + '"'

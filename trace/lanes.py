@@ -43,11 +43,14 @@ def assign(edges: Array, room: Array, x: Mapping[int, float], n_layers: int) -> 
 
 
 def path(a: Point, b: Point, height: float) -> tuple[Point, ...]:
-    """From a state up into a lane at that height, and along it to the stream of a later position: two curves, seven points.
+    """From a state up, or from a memory down, into a lane at that height, and along it to the stream of a later position: two
+    curves, seven points.
 
     It ends below the row of b, where attention adds to the stream: between the state read and the one it makes.
     """
     (x0, y0), x1 = a, b[0] - GAP
-    out = min(0.6 * (x1 - x0), 9 + 0.6 * (height - y0))
+    out = min(0.6 * (x1 - x0), 9 + 0.6 * abs(height - y0))
     rise = (x0 + 0.15 * out, y0 + 0.7 * (height - y0)), (x0 + 0.45 * out, height)
+    if height < y0:  # past the rows between, and beside its own column
+        rise = (x0 + 0.5 * out, y0 + 0.3 * (height - y0)), (x0 + 0.3 * out, height)
     return (a, *rise, *straight((x0 + out, height), (x1, height)))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from nanokv.trace import captions, labels, lanes, marks
 from nanokv.trace.flow import Flow, Kind
-from nanokv.trace.grid import fitting, grid, pens, shown
+from nanokv.trace.grid import MANY, fitting, grid, pens, shown
 from nanokv.trace.look import Look
 from nanokv.trace.scene import AGAINST, FOR, MLP, SOFT, STREAM, Dot, Grid, Point, Scene, Stroke, state_id, straight
 
 DOT = 5.0  # the diameter of a state
+BUNDLE, ALIKE = 20, 1.02  # where there are very many edges, so many are drawn as one stroke, if no wider than the first by more
 
 Array = np.ndarray
 
@@ -27,9 +29,12 @@ def arrange(flow: Flow, look: Look | None = None) -> Scene:
     _streams(flow, scene, places)
     for kind, at in ((Kind.SELF, 5.0), (Kind.MLP, 9.0)):
         scene.strokes += _bars(flow, places, kind, at)
+    scene.strokes += _memories(flow, places)
     scene.strokes += _sampled(flow, places)
     edges = shown(flow)
     curves = list(_curves(flow, places, edges, look))
+    if len(edges) > MANY:
+        curves = list(_bundles(curves))
     scene.strokes += curves
     if places.lanes or not curves:
         marks.add(flow, scene, edges, curves, look)
@@ -40,17 +45,24 @@ def arrange(flow: Flow, look: Look | None = None) -> Scene:
 def _streams(flow: Flow, scene: Scene, places: Grid) -> None:
     """The residual columns, as wide as the stream is strong (on a scale of their own), and the states on them."""
     length, pens = _stream_pens(flow)
-    busy = _busy(flow)
+    busy, many = _busy(flow), int(flow.crossing.sum()) > MANY
+    highest = {pos: row for row, pos in sorted(busy)}
     for pos in sorted({pos for _, pos in busy} | set(np.flatnonzero(~np.isnan(length).all(axis=0)).tolist())):
         x, below, row_below = places.x[pos], places.base, -1
         for row, y in places.y.items():
-            first, last = max(row_below, 0), max(row - 1, 0)  # the layers between; below row 0, the embedding
-            size, pen = length[first : last + 1, pos].mean(), pens[first : last + 1, pos].mean()
-            if np.isnan(size) and not any((above, pos) in busy for above in places.y if above >= row):
+            if row > flow.n_layers:
+                scene.dots += [_state(flow, row, pos, (x, y), DOT)] if (row, pos) in busy else []
                 break
-            tip = "" if np.isnan(size) else f"residual stream of {_token(flow, pos)}, layers {first} to {last}: {size:.4g}"
-            ends = (state_id(row_below, pos), state_id(row, pos)) if row_below >= 0 else None
-            line = Stroke(straight((x, below), (x, y)), float(pen), STREAM, ends=ends, tip=tip)
+            first, last = max(row_below, 0), max(row - 1, 0)  # the layers between; below row 0, the embedding
+            size, pen = (
+                float(table[first, pos] if first == last else table[first : last + 1, pos].mean()) for table in (length, pens)
+            )
+            if math.isnan(size) and row > highest.get(pos, -1):
+                break
+            says = f"residual stream of {_token(flow, pos)}, layers {first} to {last}: {size:.4g}"
+            tip = "" if many or math.isnan(size) else says
+            ends = (flow.name(row_below, pos), flow.name(row, pos)) if row_below >= 0 else None
+            line = Stroke(straight((x, below), (x, y)), pen, STREAM, ends=ends, tip=tip)
             folded = row - row_below > 1
             scene.strokes.append(replace(line, pen=1.6, style="dotted") if folded else line)
             scene.dots.append(_state(flow, row, pos, (x, y), DOT if (row, pos) in busy else 0.0))
@@ -58,12 +70,12 @@ def _streams(flow: Flow, scene: Scene, places: Grid) -> None:
 
 
 def _state(flow: Flow, row: int, pos: int, at: Point, size: float) -> Dot:
-    says = ""
-    if state_id(row, pos) in flow.words:
-        word, chance = flow.words[state_id(row, pos)]
+    says, name = "", flow.name(row, pos)
+    if name in flow.words:
+        word, chance = flow.words[name]
         says = f"\nit would predict {labels.phrase(word)}, p = {chance:.2g}"
     counts = f"\n{flow.measure} of all that it did: {flow.states[row, pos]:.4g}" if flow.states[row, pos] else ""
-    return Dot(at, size, f"{state_id(row, pos)} {_token(flow, pos)}{counts}{says}", state_id(row, pos))
+    return Dot(at, size, f"{name} {_token(flow, pos)}{counts}{says}", name)
 
 
 def _stream_pens(flow: Flow) -> tuple[Array, Array]:
@@ -80,11 +92,11 @@ def _stream_pens(flow: Flow) -> tuple[Array, Array]:
 
 
 def _busy(flow: Flow) -> set[tuple[int, int]]:
-    """The states (row, pos) at which an edge between positions begins or ends, and the last one."""
-    edges = flow.edges[flow.crossing | (flow.edges["kind"] == Kind.SAMPLED)]
-    rows = flow.n_layers + 1
-    sources = zip((edges["layer"] % rows).tolist(), edges["src"].tolist(), strict=True)
-    return {(flow.n_layers, flow.at), *sources, *zip((edges["layer"] + 1).tolist(), edges["dst"].tolist(), strict=True)}
+    """The states (row, pos) at which an edge between positions or into a memory begins or ends, and the last one."""
+    between = flow.crossing | np.isin(flow.edges["kind"], (Kind.SAMPLED, Kind.MEMORY))
+    edges, (below, above) = flow.edges[between], (rows[between].tolist() for rows in flow.ends)
+    sources, ends = (zip(rows, edges[name].tolist(), strict=True) for rows, name in ((below, "src"), (above, "dst")))
+    return {(flow.n_layers, flow.at), *sources, *ends}
 
 
 def _bars(flow: Flow, places: Grid, kind: Kind, beside: float) -> Iterator[Stroke]:
@@ -106,20 +118,48 @@ def _bars(flow: Flow, places: Grid, kind: Kind, beside: float) -> Iterator[Strok
         yield Stroke(straight((x, y), (x, end)), pen, color, 0.25 + 0.45 * part, ends=ends, tip=tip)
 
 
+def _memories(flow: Flow, places: Grid) -> Iterator[Stroke]:
+    """From each depth to its position's memory: straight from the top, else past the left of the column."""
+    edges = flow.edges[flow.edges["kind"] == Kind.MEMORY]
+    most = float(np.abs(edges["weight"]).max(initial=0)) or 1.0
+    for _, depth, _, pos, _, weight in edges.tolist():
+        part, high = min(abs(weight) / most, 1.0), places.y[flow.n_layers + 1]
+        x, low, aside = places.x[pos], places.y[depth], 0 if depth == flow.n_layers else 6 + 2.2 * (flow.n_layers - depth)
+        path = (x, low), (x - aside, low + 0.3 * (high - low)), (x - aside, high - 0.3 * (high - low)), (x, high - DOT / 2)
+        color = AGAINST if weight < 0 else FOR if flow.signed else SOFT
+        sign = "+" if flow.signed else ""
+        tip = f"depth {depth} -> memory of {_token(flow, pos)}\n{flow.measure} {weight:{sign}.4g}"
+        ends = flow.name(depth, pos), flow.name(flow.n_layers + 1, pos)
+        yield Stroke(path, 0.6 + 2.4 * part, color, 0.3 + 0.5 * part, ends=ends, tip=tip)
+
+
 def _curves(flow: Flow, places: Grid, edges: Array, look: Look) -> Iterator[Stroke]:
     """The attention edges, in their lanes; if there are very many, on straight ways."""
     most, many, wide = float(np.abs(edges["weight"]).max(initial=0)) or 1.0, not places.lanes, pens(edges, look.sizes).tolist()
+    sign = "+" if flow.signed else ""
     for i, (_, layer, head, dst, src, weight) in enumerate(edges.tolist()):
-        part = min(abs(weight) / most, 1.0)
-        a, b = (places.x[src], places.y[layer]), (places.x[dst], places.y[layer + 1])
+        part, below = min(abs(weight) / most, 1.0), flow.n_layers + 1 if flow.feedback else layer
+        a, b = (places.x[src], places.y[below]), (places.x[dst], places.y[layer + 1])
         points = _reach(a, b) if many else lanes.path(a, b, places.lanes[i])
         by = f"layer {layer}{f' head {head}' if head >= 0 else ''}"
-        sign = "+" if flow.signed else ""
         tip = "" if many else f"{by}: {_token(flow, src)} -> {_token(flow, dst)}\n{flow.measure} {weight:{sign}.4g}"
         head_size = 0.0 if many else 4.5 + 4 * part
         color, alpha = FOR if weight >= 0 else AGAINST, 0.35 + 0.65 * part**0.6
-        ends = state_id(layer, src), state_id(layer + 1, dst)
+        ends = flow.name(below, src), flow.name(layer + 1, dst)
         yield Stroke(points, wide[i], color, alpha, head=head_size, bar=weight < 0, ends=ends, tip=tip)
+
+
+def _bundles(curves: Sequence[Stroke]) -> Iterator[Stroke]:
+    """A few at a time as one stroke, if they are of one colour and nearly one width: they come in order of weight."""
+    first = 0
+    while first < len(curves):
+        after = first + 1
+        while after < min(first + BUNDLE, len(curves)) and curves[after].pen < ALIKE * curves[first].pen:
+            after += 1
+        for color in (AGAINST, FOR):
+            if alike := [curve for curve in curves[first:after] if curve.color == color]:
+                yield replace(alike[0], more=tuple(curve.points for curve in alike[1:]), ends=None)
+        first = after
 
 
 def _reach(a: Point, b: Point) -> tuple[Point, ...]:

@@ -46,10 +46,10 @@ class Sizes:
     pen: float  # of the strongest edge
 
 
-WIDE = Sizes(15, 9.5, 17, 8.5, 8, ((13, 0, 100), (13, 2, 100), (11, 2, 86), (9, 1, 72)), 16, 74, 26, (24, 40), 5, 140, 5)
+WIDE = Sizes(15, 9.5, 17, 8.5, 8, ((13, 0, 116), (13, 2, 116), (11, 2, 86), (9, 1, 72)), 16, 74, 26, (24, 40), 5, 140, 5)
 SMALL = Sizes(
     10.5, 7, 12, 6.5, 6, ((8.5, 0, 60), (8.5, 2, 60), (7.5, 1, 50), (6.5, 1, 40), (6.5, 1, 27), (6.5, 1, 18)), 5, 30, 14,
-    (14, 22), 3.5, 90, 3,
+    (15.5, 22), 3.5, 90, 3,
 )  # fmt: skip
 
 
@@ -72,6 +72,8 @@ class Look:
             raise DrawError(f"there is no theme {self.theme!r}; there are: {', '.join(THEMES)}")
         if self.width is not None and not 40 <= self.width <= 2000:
             raise DrawError(f"width is {self.width!r}; it is the picture's width in millimetres, from 40 to 2000")
+        if not self.font.isprintable():
+            raise DrawError(f"font is {self.font!r}; it is the name of a font, or several with commas between them")
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -80,8 +82,8 @@ class Look:
 
     @property
     def room(self) -> float:
-        """The width in points, margins aside, if it was given."""
-        return 0.0 if self.width is None else self.width * POINTS - 2 * self.sizes.margin
+        """The width in points, margins aside, if it was given; one less, for graphviz may add that to the picture."""
+        return 0.0 if self.width is None else int(self.width * POINTS) - 1 - 2 * self.sizes.margin
 
 
 def look(options: dict[str, Any]) -> Look:

@@ -82,7 +82,7 @@ def _numbered(flow: Flow, edges: Array) -> dict[int, int]:
 
 def _number(number: int, words: str, curve: Stroke, spots: Array, scene: Scene, room: Room, i: int, look: Look) -> None:
     """A round mark on a curve with the edge's weight beside it, as near to its middle as there is room."""
-    size, type_size = look.sizes.tiny + 2, max(look.sizes.tiny - 1, 6)
+    size, type_size = max(look.sizes.tiny + 2, 9.3), max(look.sizes.tiny - 1, 6)
     wide = labels.width(words, type_size) + 2
     boxes = [(x - size / 2, y - size / 2, x + size / 2, y + size / 2) for x, y in spots.tolist()]
     both = [(left, bottom + 1.5, right + wide, top - 1.5) for left, bottom, right, top in boxes]
@@ -125,11 +125,12 @@ def _word(flow: Flow, dot: Dot, scene: Scene, room: Room, look: Look) -> None:
     """What a state would predict, left of it and just below its row, where no lane runs."""
     if dot.size and dot.name in flow.words:
         size = 6.5 if look.sizes.tiny > 6.5 else 6.0
-        lines = labels.wrap(labels.units(flow.words[dot.name][0][:40], basic=look.basic), size, 60, 1)
+        beside = min(dot.at[0] - 6 - look.sizes.names, 60)  # right of the layers' names
+        lines = labels.wrap(labels.units(flow.words[dot.name][0][:40], basic=look.basic), size, max(beside, 1), 1)
         wide = labels.width(lines[0], size)
         text = Text((dot.at[0] - 6 - wide / 2, dot.at[1] - 0.62 * size), lines, size, INK)
         left, bottom, right, top = text.box
-        if room.has((left, bottom + 1.5, right, top - 1.5), beside=-0.5):
+        if wide <= beside and room.has((left, bottom + 1.5, right, top - 1.5), beside=-0.5):
             room.boxes.append(text.box)
             scene.texts.append(text)
 

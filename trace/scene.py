@@ -51,11 +51,11 @@ class Dot:
 
 @dataclass(frozen=True)
 class Rect:
-    """A filled rectangle."""
+    """A filled rectangle, which hides what lies under it."""
 
     box: Box
     color: str
-    alpha: float = 1.0
+    alpha: float = 1.0  # how much of its colour is mixed with the paper's
     tip: str = ""
     name: str = ""  # its id, if it has one
 
@@ -71,6 +71,7 @@ class Stroke:
     style: str = "solid"  # or dashed, dotted
     head: float = 0.0  # length of the arrowhead at its end; 0: none
     bar: bool = False  # whether a bar across the end stands in the arrowhead's place
+    more: tuple[tuple[Point, ...], ...] = ()  # chains that look like it: one stroke is quicker to draw than many
     ends: tuple[str, str] | None = None  # the ids of the states that it joins
     tip: str = ""
 
