@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,8 +94,7 @@ def tables() -> dict[str, str]:
     }
 
 
-def with_tables(text: str) -> str:
-    made = tables()
+def with_tables(text: str, made: dict[str, str]) -> str:
     return re.sub(r"<!-- (\w+) -->\n(\|.*\n)*", lambda m: f"<!-- {m[1]} -->\n{made[m[1]]}", text)
 
 
@@ -104,13 +104,13 @@ def ids() -> str:
     return "\n".join(listed) + "\n"
 
 
-def printed(code: str) -> str:
-    """What the chapter's Python prints, in an empty folder."""
+def printed(code: str, folder: Path | str, names: dict[str, Any] | None = None) -> str:
+    """What a chapter's Python prints in that folder; names: what the snippets before it made."""
     before, output = Path.cwd(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output):
         os.chdir(folder)
         try:
-            exec(compile(code, str(DOCS), "exec"), {})
+            exec(compile(code, "<snippet>", "exec"), {} if names is None else names)
         finally:
             os.chdir(before)
     return output.getvalue()
@@ -130,9 +130,9 @@ def facts() -> dict[str, str]:
 def rewritten(text: str, folder: Path) -> str:
     for name, value in facts().items():
         text = text.replace(name, value)
-    text = text.replace("```text\nPYTHON\n```", f"```text\n{printed(PYTHON.findall(text)[0])}```")
+    text = text.replace("```text\nPYTHON\n```", f"```text\n{printed(PYTHON.findall(text)[0], folder)}```")
     text = text.replace("```text\nIDS\n```", f"```text\n{ids()}```")
-    return CONSOLE.sub(lambda match: f"```console\n{run(match[1], folder)}```", with_tables(text))
+    return CONSOLE.sub(lambda match: f"```console\n{run(match[1], folder)}```", with_tables(text, tables()))
 
 
 def test_the_tables_are_those_of_the_schema() -> None:
@@ -143,9 +143,9 @@ def test_the_tables_are_those_of_the_schema() -> None:
     assert all(value in text for value in facts().values())
 
 
-def test_the_python_of_the_chapter_prints_what_stands_there() -> None:
+def test_the_python_of_the_chapter_prints_what_stands_there(tmp_path: Path) -> None:
     text = DOCS.read_text()
-    assert f"```text\n{printed(PYTHON.findall(text)[0])}```" in text
+    assert f"```text\n{printed(PYTHON.findall(text)[0], tmp_path)}```" in text
 
 
 def test_every_command_of_the_chapter_prints_what_stands_there(tmp_path: Path) -> None:
