@@ -67,6 +67,21 @@ def _rest() -> Iterator[Goal]:
         yield Goal(f"{what} recorded to disk, level weights", "unrecorded", limit, "x", recorded(what), at_least=False)
     yield Goal("first token of the command", "", 3.0, "s", lambda r: r.commands.get("first token", []), at_least=False)
     yield Goal("import nanokv", "", 0.3, "s", lambda r: r.commands.get("import nanokv", []), at_least=False)
+    yield Goal("picture of 256 tokens by target, from the trace", "", 5.0, "s", drawn("target@256"), at_least=False)
+    yield Goal("graph of 30 × 200 states and 30,000 edges, unpruned", "", 2.0, "s", drawn("graph@30000"), at_least=False)
+    for measure in ("target", "proximity"):
+        yield Goal(f"picture of 1,024 tokens by {measure}, peak memory", "", 2000, "MB", drawn_memory(f"{measure}@1024"),
+                   at_least=False)  # fmt: skip
+
+
+def drawn(what: str) -> Numbers:
+    """The seconds of a picture."""
+    return lambda results: [each.whole for each in results.drawings if each.what == what]
+
+
+def drawn_memory(what: str) -> Numbers:
+    """The megabytes of a picture."""
+    return lambda results: [each.peak_bytes / 1e6 for each in results.drawings if each.what == what]
 
 
 def race(measure: str, own: str, rival: str) -> Numbers:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MEASURES = ("decode", "prefill", "fresh", "error", "recording")
+MEASURES = ("decode", "prefill", "fresh", "error", "recording", "drawing")
 MOST_RECORDED = 32  # tokens of a recorded decode in transformers, which is slow
+GRAPH = (30, 200)  # layers and positions of a large graph
 GROWN_FROM, GROWN_TO = 16, 2048  # the contexts whose decode times say how time grows
 
 # The beginning of Pride and Prejudice (1813), 100 words: what the models read, again and again where more is needed.
@@ -36,16 +37,21 @@ class Plan:
     error_tokens: int = 64  # positions whose logits are compared with float64
     recorded_tokens: int = 256  # decoded with and without a recorder
     threads: int = 2
-    minutes: float = 24  # nothing begins after it, and no round but the first that would not end by then
+    drawn: int = 256  # positions of a trace that is drawn
+    drawn_long: int = 1024  # of a long one, whose memory is looked at
+    drawn_edges: int = 30_000  # of a graph of GRAPH states, laid out unpruned
+    dot_seconds: float = 120  # that `dot` may take for the same graph
+    minutes: float = 29  # nothing begins after it, and no round but the first that would not end by then
 
     @property
     def longest(self) -> int:
         """The most positions that any measurement reaches."""
         decoded = max(self.contexts, default=0) + self.tokens + 1
-        return max(decoded, self.prefill + self.recorded_tokens, self.error_tokens)
+        return max(decoded, self.prefill + self.recorded_tokens, self.error_tokens, self.drawn, self.drawn_long)
 
 
-QUICK = Plan(rounds=2, contexts=(16, 256), tokens=6, fresh=1, recorded_tokens=32, minutes=2.8)
+QUICK = Plan(rounds=2, contexts=(16, 256), tokens=6, fresh=1, recorded_tokens=32, drawn=64, drawn_long=128, drawn_edges=10_000,
+             dot_seconds=5, minutes=2.8)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,16 @@ class Peer:
 def peers(kind: str) -> list[Peer]:
     """Everybody, for a model whose file keeps most of its matrices in this kind of block ("" if it is no GGUF file)."""
     nanokv, llama, hf = "nanokv_model.NanokvModel", "llama_cpp_model.LlamaCppModel", "transformers_model.TransformersModel"
-    eager = {"attention": "eager"}
+    eager, usual = {"attention": "eager"}, Peer.offers
     found = [
-        Peer("nanokv float32", nanokv, "file", "float32", (*MEASURES,), True, settings={"weights": "float32"}),
+        Peer("nanokv float32", nanokv, "file", "float32", (*usual, "recording"), True, settings={"weights": "float32"}),
         _read("float32"),
         Peer("llama.cpp F32", llama, "F32", "float32"),
         Peer("llama.cpp F32, float32 throughout", llama, "F32", offers=("error",), settings={"all_float32": True}),
         Peer("transformers", hf, "folder", "float32"),
         Peer("transformers, eager attention", hf, "folder", offers=("recording",), settings=eager),
         Peer("NumPy", nanokv, "file", "float32", settings={"ops": "numpy"}),
+        Peer("flow graphs", "drawing.Drawing", "file", offers=("drawing",), extra="dot"),
     ]
     for packed in dict.fromkeys(["Q8_0", kind]):
         if packed not in ("", "F32"):

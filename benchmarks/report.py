@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.goals import Goal, goals
-from benchmarks.plan import GROWN_FROM, GROWN_TO, MOST_RECORDED, Peer, peers
+from benchmarks.plan import GRAPH, GROWN_FROM, GROWN_TO, MOST_RECORDED, Peer, peers
 from benchmarks.ratios import Spread, growth, races, spread, times
 from benchmarks.results import Results
 
@@ -32,7 +32,8 @@ virtual one, drift over minutes, so compare ratios, not milliseconds of differen
 def markdown(results: Results, picture: str | None = None) -> str:
     """The whole page. picture: the file name of the plot, if there is one."""
     sections = [_head(results), _goals(results), [f"![Ratios and times]({picture})"] if picture else [], _decode(results),
-                _prefill(results), _fresh(results), _errors(results), _recordings(results), _method(results)]  # fmt: skip
+                _prefill(results), _fresh(results), _errors(results), _recordings(results), _drawings(results),
+                _method(results)]  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
@@ -202,6 +203,25 @@ def _about_recording(results: Results) -> str:
     return (f"A prefill of {plan.prefill}, and a decode of {plan.recorded_tokens} tokens after one (transformers: at most "
             f"{MOST_RECORDED}), with and without keeping the attention weights. nanokv records them to the disk, at level "
             "weights; transformers gives them as `output_attentions`, in memory. Closing waits for the disk.")  # fmt: skip
+
+
+def _drawings(results: Results) -> list[str]:
+    rows = []
+    for what in dict.fromkeys(each.what for each in results.drawings):
+        own = [each for each in results.drawings if each.what == what]
+        name, size = what.split("@")
+        words = {"graph": f"{size} edges, by us", "dot": f"{size} edges, by dot"}.get(name, f"{size} tokens, by {name}")
+        parts = ", ".join(f"{part} {shown(spread(each.seconds[part] for each in own))}" for part in own[0].seconds)
+        whole = shown(spread(each.whole for each in own)) if own[0].ended else f"more than {own[0].whole:g}"
+        memory = shown(spread(each.peak_bytes for each in own), 0, 1e-6) if own[0].peak_bytes else ""
+        rows.append((words, whole, parts if len(own[0].seconds) > 1 else "", memory))
+    if not rows:
+        return []
+    about = (f"Each in a new process. By a measure: a trace on the disk, of level states, becomes the graph of its last "
+             f"prediction, is pruned to its strongest edges, and written as SVG. Edges: a graph of {GRAPH[0]} layers and "
+             f"{GRAPH[1]} positions, drawn by chance and not pruned; by us, its places are computed and graphviz only draws "
+             "(`neato -n2`); by dot, graphviz's layered layout finds them. Memory is VmHWM, the model included.")  # fmt: skip
+    return ["## Drawing", "", about, "", *table(("", "s", "of which", "peak memory, MB"), rows)]
 
 
 def _method(results: Results) -> list[str]:

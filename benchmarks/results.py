@@ -41,6 +41,22 @@ class Recording:
         return self.recorded / self.plain
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture made in a process of its own."""
+
+    round: int
+    what: str  # such as "target@256", or "graph@30000"; "dot@30000" is graphviz's own layout of that graph
+    seconds: dict[str, float]  # by part of the work
+    peak_bytes: int  # the most memory that the process had; 0 where it is not what was looked at
+    ended: bool = True  # or else it was stopped after so many seconds
+
+    @property
+    def whole(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
+
 @dataclass
 class Results:
     """A run."""
@@ -63,6 +79,7 @@ class Results:
     recordings: list[Recording] = field(default_factory=list)
     levels: dict[str, float] = field(default_factory=dict)  # bytes on disk for a position of a prefill, by level
     commands: dict[str, list[float]] = field(default_factory=dict)  # seconds: "import nanokv", "first token"
+    drawings: list[Drawn] = field(default_factory=list)
     minutes: float = 0.0  # that it took
 
     def save(self, path: Path) -> None:
@@ -75,8 +92,8 @@ class Results:
         """Read it back."""
         said = json.loads(path.read_text())
         said["plan"] = Plan(**{**said["plan"], "contexts": tuple(said["plan"]["contexts"])})
-        for name, make in (("samples", Sample), ("fresh", Fresh), ("recordings", Recording)):
-            said[name] = [make(**each) for each in said[name]]
+        for name, make in (("samples", Sample), ("fresh", Fresh), ("recordings", Recording), ("drawings", Drawn)):
+            said[name] = [make(**each) for each in said.get(name, [])]
         return Results(**said)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.field import Field, OutOfTimeError
 from benchmarks.models import Model
-from benchmarks.plan import MOST_RECORDED, Peer, Plan, order
+from benchmarks.plan import GRAPH, MOST_RECORDED, Peer, Plan, order
 from benchmarks.ratios import Sample
-from benchmarks.results import Fresh, Recording, Results
+from benchmarks.results import Drawn, Fresh, Recording, Results
 from benchmarks.workers import first_output
 
 PROMPT = "The capital of France is"
@@ -43,6 +43,10 @@ class Run:
             self.field.stop()
             if "fresh" in self.measures:
                 self._fresh([peer for peer in asked if peer.name not in self.results.skipped and "fresh" in peer.offers])
+            for peer in asked if "drawing" in self.measures else ():
+                if "drawing" in peer.offers:
+                    with self.field.dropping(peer):
+                        self._drawings(peer)
         except OutOfTimeError:
             self.results.notes.append(f"Stopped after {self.plan.minutes:g} minutes, before everything was measured.")
             self.say("out of time")
@@ -52,14 +56,14 @@ class Run:
 
     def _together(self, asked: Sequence[Peer]) -> None:
         """What is measured while everybody is alive."""
-        for peer in asked:
+        for peer in (peer for peer in asked if set(peer.offers) != {"drawing"}):
             self.say(f"starting {peer.name}")
             self.field.start(peer, self._contexts(peer))
         loads = [worker.loaded for worker in self.field.workers.values()]
         if "error" in self.measures:
             self._errors()
         if self.measures & {"decode", "prefill", "recording"}:
-            self._rounds(until=self.plan.minutes - self._minutes_of_fresh(loads))
+            self._rounds(until=self.plan.minutes - self._minutes_of_fresh(loads) - self._minutes_of_drawings())
 
     def _contexts(self, peer: Peer) -> list[int]:
         """The caches that a peer will need."""
@@ -159,6 +163,36 @@ class Run:
         finally:
             worker.stop()
 
+    def _drawings(self, peer: Peer) -> None:
+        """Pictures of a trace and of a large graph, as often as new processes are started; once of a long one, and dot's."""
+        plan = self.plan
+        for n, rounds, measures in ((plan.drawn, plan.fresh, ["target"]), (plan.drawn_long, 1, ["target", "proximity"])):
+            self.say(f"pictures of {n} tokens")
+            folder = str(self.scratch / f"{n}.nkv")
+            self._drawn(peer, 0, "", "record", n=n, folder=folder)
+            for number in range(rounds):
+                for measure in measures:
+                    self._drawn(peer, number, f"{measure}@{n}", "from_trace", folder=folder, measure=measure)
+        self.say(f"a graph of {plan.drawn_edges} edges")
+        sizes = {"n_layers": GRAPH[0], "n": GRAPH[1], "n_edges": plan.drawn_edges}
+        for number in range(plan.fresh):
+            self._drawn(peer, number, f"graph@{plan.drawn_edges}", "graph", **sizes, folder=str(self.scratch))
+        self._drawn(peer, 0, f"dot@{plan.drawn_edges}", "layered", **sizes, most=plan.dot_seconds)
+
+    def _drawn(self, peer: Peer, number: int, what: str, do: str, **arguments: Any) -> None:
+        """One piece of work by a process of its own; `what`: what it is noted as, if at all."""
+        worker = self.field.open(peer)
+        try:
+            self.results.about.setdefault(peer.name, worker.ask("about"))
+            seconds = worker.ask(do, arguments, self.field.patience())
+            if do == "layered":
+                ended, seconds = seconds is not None, {"dot": self.plan.dot_seconds if seconds is None else seconds}
+                self.results.drawings.append(Drawn(number, what, seconds, 0, ended))
+            elif what:
+                self.results.drawings.append(Drawn(number, what, seconds, worker.ask("peak_memory")))
+        finally:
+            worker.stop()
+
     def _command(self) -> None:
         """Seconds that `import nanokv` takes, and from the shell to the first token of `nanokv generate`."""
         model = str(self.model.paths["file"])
@@ -176,6 +210,10 @@ class Run:
     def _minutes_of_fresh(self, loads: Sequence[dict[str, float]]) -> float:
         """About how long the new processes will take: loading, and as long again for the rest."""
         return 2 * self.plan.fresh * sum(sum(load.values()) for load in loads) / 60 if "fresh" in self.measures else 0.0
+
+    def _minutes_of_drawings(self) -> float:
+        """About how long the pictures will take: most of it for the long trace, by `proximity`, and for dot."""
+        return (self.plan.dot_seconds + self.plan.drawn_long / 8) / 60 if "drawing" in self.measures else 0.0
 
 
 def error(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:

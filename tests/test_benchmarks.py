@@ -12,13 +12,15 @@ import pytest
 
 from benchmarks import models, report, run
 from benchmarks.goals import goals
-from benchmarks.plan import Plan, chosen, order, peers
+from benchmarks.peers.drawing import graph
+from benchmarks.plan import MEASURES, Plan, chosen, order, peers
 from benchmarks.ratios import Sample, growth, races, spread
-from benchmarks.results import Fresh, Recording, Results
+from benchmarks.results import Drawn, Fresh, Recording, Results
 from benchmarks.workers import SLOWS_OPENBLAS, PeerError, Worker, environment
 from nanokv import ops
 from nanokv.config import Rope
 from nanokv.gguf_file import open_gguf
+from nanokv.trace.draw import find_program
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "llama"
 OWN, LLAMA = "nanokv float32", "llama.cpp F32"
@@ -64,7 +66,7 @@ def test_the_median_and_the_range() -> None:
 
 def test_only_takes_measures_and_parts_of_names() -> None:
     everybody = peers("Q4_1")
-    assert chosen(everybody, []) == (everybody, ("decode", "prefill", "fresh", "error", "recording"))
+    assert chosen(everybody, []) == (everybody, MEASURES)
     kept, measures = chosen(everybody, ["llama", "q8_0", "decode"])
     assert measures == ("decode",) and "read Q8_0" in {peer.name for peer in kept} and OWN not in {peer.name for peer in kept}
     with pytest.raises(ValueError, match="nobody is called 'vllm'"):
@@ -82,8 +84,16 @@ def test_every_goal_is_about_peers_that_there_are() -> None:
 def test_the_page_says_whether_a_goal_is_met() -> None:
     results = made_up(samples=[sample(OWN, 1.0), sample(LLAMA, 1.4), sample(OWN, 1.0), sample("transformers", 4.2)],
                       fresh=[Fresh("nanokv Q4_1", 0.1, 1.0, 0.5, 10**8, 3 * 10**8)],
-                      recordings=[Recording(0, OWN, "prefill", 1.0, 1.2, 100, 0.1)])  # fmt: skip
+                      recordings=[Recording(0, OWN, "prefill", 1.0, 1.2, 100, 0.1)],
+                      drawings=[Drawn(0, "target@256", {"flow": 4.0, "picture": 0.5}, 10**9),
+                                Drawn(0, "proximity@1024", {"flow": 60.0}, 3 * 10**9),
+                                Drawn(0, "dot@30000", {"dot": 120.0}, 0, ended=False)])  # fmt: skip
     page = report.markdown(results)
+    assert "| picture of 256 tokens by target, from the trace |  | at most 5 s | 4.50 | met |" in page
+    assert "| picture of 1,024 tokens by proximity, peak memory |  | at most 2000 MB | 3000 | **not met** |" in page
+    assert "| graph of 30 × 200 states and 30,000 edges, unpruned |  | at most 2 s |  | not measured |" in page
+    assert "| 30000 edges, by dot | more than 120 |  |  |" in page
+    assert "| 256 tokens, by target | 4.50 | flow 4.00, picture 0.50 | 1000 |" in page
     assert f"| float32 decode, context 16 | {LLAMA} | at least 1.5 × | 1.40 | **not met** |" in page
     assert "| float32 decode, context 16 | transformers | at least 4 × | 4.20 | met |" in page
     assert "| packed Q4_1 peak memory, context 512 |  | at most 350 MB | 300 | met |" in page
@@ -106,7 +116,8 @@ def test_a_table_keeps_its_columns_whatever_a_cell_says() -> None:
 
 def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     results = made_up(samples=[sample(OWN, 1 / 3)], fresh=[Fresh(OWN, 0.1, 1.0, 0.5, 1, 2)], notes=["a note"],
-                      recordings=[Recording(0, OWN, "decode", 1.0, 1.2, 100)])  # fmt: skip
+                      recordings=[Recording(0, OWN, "decode", 1.0, 1.2, 100)],
+                      drawings=[Drawn(0, "graph@30000", {"layout": 0.5}, 3)])  # fmt: skip
     results.save(tmp_path / "results.json")
     again = Results.load(tmp_path / "results.json")
     assert again == dataclasses.replace(results, samples=[sample(OWN, 0.333333)])
@@ -174,3 +185,22 @@ def test_a_tiny_run_measures_everything_and_names_who_is_skipped(tmp_path: Path)
     assert {each.what for each in results.recordings} == {"prefill", "decode"} and results.fresh
     assert LLAMA in results.skipped and f"| {LLAMA} | skipped:" in page
     assert (tmp_path / "results.svg").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+@pytest.mark.skipif(find_program() is None, reason="no program to draw with: pip install -e '.[dot]'")
+def test_pictures_can_be_measured_alone(tmp_path: Path) -> None:
+    sizes = ["--drawn=6", "--drawn-long=8", "--drawn-edges=6100", "--dot-seconds=0.01", "--fresh=1"]
+    assert run.main(["--only", "drawing", "--model", str(CHECKPOINT), "--output", str(tmp_path), *sizes]) == 0
+    results = Results.load(tmp_path / "results.json")
+    assert [each.what for each in results.drawings] == ["target@6", "target@8", "proximity@8", "graph@6100", "dot@6100"]
+    assert all(each.whole > 0 and each.peak_bytes > 1e7 for each in results.drawings[:4]) and not results.samples
+    dot = results.drawings[4]
+    assert not dot.ended and "by dot | more than 0.01 |" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_the_large_graph_has_as_many_states_and_edges_as_it_says() -> None:
+    made = graph(3, 10, 200)
+    assert len(made.edges) == 200 and int(made.crossing.sum()) == 170
+    assert (made.edges["src"][made.crossing] < made.edges["dst"][made.crossing]).all() and made.states.shape == (4, 10)
+    with pytest.raises(ValueError, match="30 of the stream"):
+        graph(3, 10, 30)
