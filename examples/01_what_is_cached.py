@@ -95,15 +95,17 @@ def run(lab: Lab) -> Verdict:
     lab.draw(
         figure([Curves("A change out of sight, and in sight", [(n, numbers[:, 0], y + 1e-9) for n, y in ends], "block",
                        "relative change; KL in nats", log_y=True)]),
-        "A change that the two projections do not show leaves all other tokens as they were at that block; later blocks, which "
-        "have other projections, may show it.",
+        "A change that the two projections do not show leaves all other tokens as they were at that block; later blocks, "
+        "which have other projections, may show it.",
     )  # fmt: skip
     late = float(numbers[:-1, 4].max())
     return Verdict(
         "right, with a condition",
-        f"Two projections of each block's input are saved (in SmolLM2 in 30 blocks), and they come out again bit for bit. But "
+        "Two projections of each block's input are saved (in SmolLM2 in 30 blocks), and they come out again bit for bit. But "
         f"they are not the hidden state: here at most {int(numbers[:, 1].max())} of {c.d_model} directions are seen by other "
         f"tokens at a block, though what is unseen at one may show at a later one (KL up to {late:.2g}).",
+        anew=f"{c.d_model - int(numbers[:, 1].max())} of {c.d_model} directions of a state no other token sees at that block",
+        builds=f"{again[1][1]} of {again[1][2]} blocks keep two projections of what entered them, bit for bit",
     )
 
 

@@ -63,8 +63,8 @@ def run(lab: Lab) -> Verdict:
     lab.check(top.sum() == 1, "the top state of a position changes no other state: nobody reads it")
     depth = smollm2().config.n_layers
     grids = [("SmolLM2, from the middle", "smollm2-135m", False, 7), ("SmolLM2, from the top", "smollm2-135m", True, 7),
-             ("standard, 6 layers", "random", False, 14), ("feedback, from the middle", "feedback", False, 14),
-             ("feedback, from the top", "feedback", True, 14)]  # fmt: skip
+             ("standard, 6 layers", "random", False, 9), ("feedback, from the middle", "feedback", False, 9),
+             ("feedback, from the top", "feedback", True, 9)]  # fmt: skip
     lab.draw(
         figure([Grid(title, pictures[name, end].astype(float), "position", "layer", cell=cell) for title, name, end,
                 cell in grids]),
@@ -74,11 +74,11 @@ def run(lab: Lab) -> Verdict:
     return Verdict(
         "right, with a condition",
         "Read as block inputs, the thread's arrows are exact: a state reaches later tokens one layer up and higher, and of "
-        "the "
-        f"{rows[2][3] - rows[2][4]:,} SmolLM2 states outside that cone {rows[2][6]} changed a bit. Read as block outputs they "
-        "are off by one: what leaves "
-        f"block {depth} is read by no other token (1 state changed, its own), so that a finished thought moves on only as a "
-        "sampled token.",
+        f"the {rows[2][3] - rows[2][4]:,} SmolLM2 states outside that cone {rows[2][6]} changed a bit. Read as block outputs "
+        f"they are off by one: what leaves block {depth} is read by no other token (1 state changed, its own), so that a "
+        "finished thought moves on only as a sampled token.",
+        anew=f"what leaves block {depth} is read by no other token: 1 state changed, its own",
+        builds=f"a state reaches all later tokens, a layer up: {rows[2][5]:,} of {rows[2][4]:,} changed, {rows[2][6]} others",
     )
 
 

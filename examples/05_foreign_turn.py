@@ -16,22 +16,21 @@ from nanokv.trace import Recorder
 
 THREAD = (
     "If you append tokens from another source, like in a turn base conversation, then the LLM will process all the new "
-    "appended "
-    "tokens in parallel while still being able to look back at it's previous internal state (and thus past reasoning/planning "
-    "in "
-    "latent space) from the already processed tokens, then will adjust the plan based on the new information.",
+    "appended tokens in parallel while still being able to look back at it's previous internal state (and thus past "
+    "reasoning/planning in latent space) from the already processed tokens, then will adjust the plan based on the new "
+    "information.",
 )
 ADDS = "03 split one text; here the second part comes from somebody else"
 PAPERS = ()
 TURNS = (
-    ("My sister Alice lives in Paris with her dog Rex. She paints houses for a "
-     "living.", " What is the name of the dog of my sister? The dog's name is"),
-    ("The box holds seven green apples and the bag holds two red "
-     "pears.", " Somebody asks for a fruit that is green. We open the box and take one of the"),
-    ("At noon the train to Madrid leaves from platform nine, and the train to Rome from platform "
-     "four.", " I want to go to Madrid, so I walk to platform"),
-    ("In the story a wizard called Merlin loses his silver ring in the "
-     "lake.", " Days later a fisherman catches a fish, opens it, and finds in it a silver"),
+    ("My sister Alice lives in Paris with her dog Rex. She paints houses for a living.",
+     " What is the name of the dog of my sister? The dog's name is"),
+    ("The box holds seven green apples and the bag holds two red pears.",
+     " Somebody asks for a fruit that is green. We open the box and take one of the"),
+    ("At noon the train to Madrid leaves from platform nine, and the train to Rome from platform four.",
+     " I want to go to Madrid, so I walk to platform"),
+    ("In the story a wizard called Merlin loses his silver ring in the lake.",
+     " Days later a fisherman catches a fish, opens it, and finds in it a silver"),
 )  # fmt: skip
 
 
@@ -44,11 +43,11 @@ def run(lab: Lab) -> Verdict:
         first = model.new_cache()
         model.forward(old, first)
         recorder, chunk, steps = Recorder(level="weights"), first.copy(), first.copy()
-        begun = time.perf_counter()
+        begun = time.process_time()
         at_once = model.forward(new, chunk, observer=recorder)
-        middle = time.perf_counter()
+        middle = time.process_time()
         one_by_one = np.concatenate([model.forward([token], steps) for token in new])
-        ended = time.perf_counter()
+        ended = time.process_time()
         keys = all(np.array_equal(chunk.keys(l), steps.keys(l)) and np.array_equal(chunk.values(l), steps.values(l))
                    for l in layers)
         same.append(np.array_equal(at_once, one_by_one) and keys)
@@ -61,7 +60,7 @@ def run(lab: Lab) -> Verdict:
         effects.append(kl(at_once[-1], blind[-1]))
         rows.append([len(old), len(new), same[-1], f"1 against {len(new)}", (ended - middle) / (middle - begun), effects[-1],
                      *said])
-    timing = "one-by-one time / chunk time"
+    timing = "processor time, one by one / chunk"
     lab.table("SmolLM2: a turn appended as one chunk, and token by token",
               ("old tokens", "new", "same bits", "passes", timing, "KL if blind to the old", "says", "says if blind"),
               rows)  # fmt: skip
@@ -77,10 +76,10 @@ def run(lab: Lab) -> Verdict:
     return Verdict(
         "right",
         "All new tokens were processed in one pass with the bits of single steps, and they look back: cut from the old turn "
-        "they "
-        f"predict something else (KL {min(effects):.2g} to {max(effects):.2g} nats in {len(effects)} dialogues). \"Plan\" is "
-        "the thread's word: what is "
-        f"adjusted here is the prediction; how much the states move with surprise is measured in 14.",
+        f"they predict something else (KL {min(effects):.2g} to {max(effects):.2g} nats in {len(effects)} dialogues). "
+        "\"Plan\" is the thread's word: what is adjusted here is the prediction; how much the states move with surprise is "
+        "measured in 14.",
+        builds=f"cut from the turn before, appended tokens predict something else: KL {min(effects):.2g} nats or more",
     )
 
 

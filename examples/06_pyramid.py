@@ -19,8 +19,8 @@ from nanokv.handmade import GAP, automaton
 from nanokv.trace import Recorder
 
 THREAD = (
-    "it only allows it to see the how the reasoning was at that depth, not how it was after a full pass, so it's not a perfect "
-    "information passing mechanism, and is more pyramidal than straight line.",
+    "it only allows it to see the how the reasoning was at that depth, not how it was after a full pass, so it's not a "
+    "perfect information passing mechanism, and is more pyramidal than straight line.",
     "The work around for this is to pass the existing plan back into it as part of the context.",
 )
 ADDS = "02 shows what can be reached; this, what it costs to think a thought of many steps"
@@ -82,6 +82,18 @@ def scan(n: int, n_layers: int, n_ctx: int) -> Transformer:
     return Transformer(config, Weights(embed=embed, blocks=tuple(blocks), head=head, pos_embed=pos), ops="numpy", name="scan")
 
 
+def recorded(lab: Lab, model: Transformer, moves: Array, suffix: str, caption: str) -> None:
+    """The flow to the last answer, drawn: in a stack each edge lies one layer above the one before, with feedback none does."""
+    recorder = Recorder(level="states")
+    model.forward(moves, observer=recorder)
+    flow = recorder.trace.flow(model, measure="target").prune(0.95)
+    rises = 0 if isinstance(model, FeedbackTransformer) else 1
+    edges = [(rises * pos, pos + 1, pos) for pos in range(len(moves) - 1)]
+    found = flow.edges[flow.crossing][["layer", "dst", "src"]]
+    lab.check(sorted(found.tolist(), key=lambda edge: edge[1]) == edges, caption[:-1])
+    lab.draw(flow, caption, suffix)
+
+
 def run(lab: Lab) -> Verdict:
     depth, length, sequences = 8, 40, lab.amount(3, 20)
     stack, one = automaton(5, depth, length), automaton(5, 1, 2 * length)
@@ -108,17 +120,18 @@ def run(lab: Lab) -> Verdict:
     lab.draw(figure([Grid(name, grid.astype(float), "position t", "layer l", cell=9) for name, grid in pictures.items()]),
              "Blue: the state is exactly the right permutation. First a pyramid's flank: each layer knows one token more. "
              "Then the same block with feedback. Last another program: each layer knows twice as many.")  # fmt: skip
-    recorder = Recorder(level="states")
-    stack.forward(moves[:9], observer=recorder)
-    lab.draw(recorder.trace.flow(stack, measure="norm", at=8).prune(0.95), "The way of the answer at position 8 through the "
-             "stack, recorded: one token further with each layer.", "_flow")  # fmt: skip
+    recorded(lab, stack, moves[:9], "_flow", "The way of the answer at position 8 through the stack, recorded: one token "
+             "further with each layer.")  # fmt: skip
+    recorded(lab, fed, moves[:9], "_feedback", "The same with feedback, drawn by the same code: from the top of each token "
+             "straight to the next.")  # fmt: skip
     return Verdict(
         "right, with a condition",
         "For this step-by-step program the standard model's reach is exactly the pyramid, t <= l, and feedback, or writing "
-        "the plan out "
-        f"as a token, makes one layer do for all {length} positions. The condition: depth t is not needed in principle, for "
-        "joining halves "
-        f"needs log2(t) layers; that S5 needs a depth that grows is what complexity theory believes, not what was measured.",
+        f"the plan out as a token, makes one layer do for all {length} positions. The condition: depth t is not needed in "
+        "principle, for joining halves needs log2(t) layers; that S5 needs a depth that grows is what complexity theory "
+        "believes, not what was measured.",
+        anew=f"a stack of {depth} knows the answer up to position {depth} and no further ({good[0]} of {sequences} sequences)",
+        builds=f"fed back, or written out as a token, one layer knows it at all {length} positions",
     )
 
 

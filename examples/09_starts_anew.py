@@ -16,8 +16,7 @@ from nanokv import Cut
 THREAD = (
     'I still think they "start anew at each token" because they have no state/memory that is not the output.',
     "So you cannot consider token n to be starting from scratch in terms of reasoning/planning as it can reuse what has "
-    "already been "
-    "planned in previous tokens.",
+    "already been planned in previous tokens.",
     'I guess this is differing interpretations of the meaning of "start anew"',
 )
 ADDS = "the disagreement itself, with a measure for which pictures are not needed"
@@ -76,13 +75,11 @@ def run(lab: Lab) -> Verdict:
     pairs = list(zip(words, words[1:] + words[:1], strict=True))[: lab.amount(2, 20)]
     free, cut, control = np.array([relay(*pair) for pair in pairs]).T
     share = cut / free
-    lab.table(f"SmolLM2: the relay, {len(pairs)} pairs of words "
-              "told", ("question reads", "logit difference [95%]", "share of it [95%]"),
-              [["everything", with_interval(free), "1"], ["not the place where it was "
-                                                          "told", with_interval(cut), with_interval(share)],
-               ["the same, and the words between "
-                "neither", with_interval(control),
-                "0, exactly" if (control == 0).all() else with_interval(control / free)]])  # fmt: skip
+    rows = [["everything", with_interval(free), "1"],
+            ["not the place where it was told", with_interval(cut), with_interval(share)],
+            ["the same, and the words between neither", with_interval(control), "0, exactly" if not control.any() else ""]]
+    lab.table(f"SmolLM2: the relay, {len(pairs)} pairs of words told",
+              ("question reads", "logit difference [95%]", "share of it [95%]"), rows)  # fmt: skip
     lab.check((control == 0).all(), "with no way left the two tellings give the same bits")
     lab.check(interval(share)[1] > 0, "identical words in between hand on what was told before them")
     means = np.array([interval(column) for column in d.T])
@@ -93,11 +90,11 @@ def run(lab: Lab) -> Verdict:
     return Verdict(
         "a matter of definition",
         "If \"anew\" means without a state that is not a function of the words, it does start anew (11). If it means that "
-        "nothing thought at "
-        "earlier tokens is used, it does not: with their words readable but their context gone the prediction moves by "
-        f"{means[0][0]:.2g} nats "
-        f"(no past at all: {np.mean(nothing):.2g}), and words that are the same whatever was told pass on "
-        f"{interval(share)[0]:.0%} of it, with an exact 0 as control.",
+        "nothing thought at earlier tokens is used, it does not: with their words readable but their context gone the "
+        f"prediction moves by {means[0][0]:.2g} nats (no past at all: {np.mean(nothing):.2g}), and words that are the same "
+        f"whatever was told pass on {interval(share)[0]:.0%} of it, with an exact 0 as control.",
+        anew=f"all earlier thoughts taken away, {same[:, 0].mean():.0%} of first choices stay the same",
+        builds=f"words kept, thoughts gone: {means[0][0]:.2g} nats off; {interval(share)[0]:.0%} of a word told is passed on",
     )
 
 

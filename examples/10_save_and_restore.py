@@ -17,9 +17,8 @@ from nanokv import KVCache, Transformer, generate
 from nanokv.feedback import FeedbackTransformer
 
 THREAD = (
-    "And the kv-cache makes this persistent across time, so the entire system (LLM+cache) becomes effectively able to save its "
-    "state, and "
-    "iterate upon it at each token, and not have to start from scratch every time.",
+    "And the kv-cache makes this persistent across time, so the entire system (LLM+cache) becomes effectively able to save "
+    "its state, and iterate upon it at each token, and not have to start from scratch every time.",
 )
 ADDS = "09 cut the past away; this carries it elsewhere"
 PAPERS = ("belitsky",)
@@ -36,8 +35,7 @@ def model_of(name: str) -> Transformer:
 
 def go_on(model: Transformer, cache: KVCache) -> list[str]:
     """Greedy tokens from the cache, each with the hash of the logits after it."""
-    return [f"{token} "
-            f"{sha256(cache.last_logits.tobytes()).hexdigest()}"
+    return [f"{token} {sha256(cache.last_logits.tobytes()).hexdigest()}"
             for token in generate(model, cache=cache, max_new_tokens=STEPS, stop=())]
 
 
@@ -66,9 +64,9 @@ def run(lab: Lab) -> Verdict:
         rows.append([name, len(tokens), file.stat().st_size / 1e6, len(here), there == here, there_too])
         picture = np.array([np.linalg.norm(cache.values(l), axis=(1, 2)) for l in range(model.config.n_layers)])
         file.unlink()
-    lab.table(f"{STEPS} tokens further, from a saved "
-              "cache", ("model", "tokens saved", "file, MB", "tokens compared", "another process: same tokens and logits",
-              "started over: same logits"), rows)  # fmt: skip
+    lab.table(f"{STEPS} tokens further, from a saved cache",
+              ("model", "tokens saved", "file, MB", "tokens compared", "another process: same tokens and logits",
+               "started over: same logits"), rows)  # fmt: skip
     lab.check(all(row[4] for row in rows), "another process goes on from the file with the same tokens and the same bits of "
                                            "every logit")
     lab.check(all(row[5] for row in rows), "starting over from the text at every token gives the same bits, too")
@@ -78,10 +76,11 @@ def run(lab: Lab) -> Verdict:
     return Verdict(
         "right",
         f"A process that never saw the text went on from the file with the same {STEPS} tokens and the same bits of every "
-        "logit: model and cache "
-        "are a state that can be saved. Starting over from the words gives the same bits as well, so the saved state holds "
-        "nothing that the words "
-        f"do not imply; it holds the work ({rows[-1][2]:.2g} MB of it for {rows[-1][1]} tokens in the last row).",
+        "logit: model and cache are a state that can be saved. Starting over from the words gives the same bits as well, so "
+        f"the saved state holds nothing that the words do not imply; it holds the work ({rows[-1][2]:.2g} MB of it for "
+        f"{rows[-1][1]} tokens in the last row).",
+        anew="starting over from the words gives the bits of the saved state",
+        builds=f"another process went on from the file alone: {rows[-1][3]} tokens and their logits, the same bits",
     )
 
 

@@ -5,7 +5,7 @@ surprising the words really are, and how coarsely the cached numbers can be roun
 second narrows what the cache can be said to carry; neither is a measure of information, for the words imply the cache.
 """
 
-from lab import Array, Lab, Verdict, documents, interval, kl, log_softmax, main, smollm2, with_interval  # isort: skip
+from lab import Array, Lab, Verdict, documents, interval, kl, log_softmax, main, ranged, smollm2, with_interval  # isort: skip
 import numpy as np
 from figures import Curves, figure
 
@@ -59,10 +59,8 @@ def run(lab: Lab) -> Verdict:
                ["what the model leaves open (its entropy)", with_interval(entropy), "measured"],
                ["the cache in float16, at most", 16 * numbers, f"2 x {c.n_layers} x {c.n_kv_heads} x {c.head_dim} numbers"],
                [f"the cache at {enough} bits a number", enough * numbers, "KL below 0.05 nats, measured"]])  # fmt: skip
-    lab.table(f"SmolLM2: the prediction from a rounded cache ({len(texts)} texts of {length} "
-              "tokens)", ("bits a number", "KL, nats [95%]"),
-              [[bits, f"{m:.3g} [{low:.3g}, "
-                      f"{high:.3g}]"] for bits, (m, low, high) in zip(widths, means, strict=True)])  # fmt: skip
+    lab.table(f"SmolLM2: the prediction from a rounded cache ({len(texts)} texts of {length} tokens)",
+              ("bits a number", "KL, nats [95%]"), [[bits, ranged(three)] for bits, three in zip(widths, means, strict=True)])
     lab.check(numbers == 11520, "a token leaves 11,520 numbers in the cache")
     lab.check(16 * numbers / token_bits > 1e4, "in float16 that is more than 10,000 times the bits of a token")
     lab.check(means[-1, 2] < 0.05 < means[0, 1], "one bit a number is too coarse, eight are enough")
@@ -75,11 +73,11 @@ def run(lab: Lab) -> Verdict:
                                            "interval).")  # fmt: skip
     return Verdict(
         "right, with a condition",
-        f"The output is a narrow channel ({token_bits:.1f} bits a token at most, {interval(surprise)[0]:.1f} as the texts are) "
-        f"beside a cache of {16 * numbers:,} bits in "
-        f"float16, {16 * numbers / token_bits:,.0f} times as wide; {enough} bits a number do nearly as well. That is capacity, "
-        "not information: "
-        f"all of it is computed from the words (11).",
+        f"The output is a narrow channel ({token_bits:.1f} bits a token at most, {interval(surprise)[0]:.1f} as the texts "
+        f"are) beside a cache of {16 * numbers:,} bits in float16, {16 * numbers / token_bits:,.0f} times as wide; {enough} "
+        "bits a number do nearly as well. That is capacity, not information: all of it is computed from the words (11).",
+        anew=f"by the words pass {token_bits:.1f} bits a token at most ({interval(surprise)[0]:.1f} as the texts are)",
+        builds=f"by the cache pass up to {16 * numbers:,} bits a token, {16 * numbers / token_bits:,.0f} times as many",
     )
 
 

@@ -13,9 +13,8 @@ from nanokv.handmade import induction
 from nanokv.trace import Recorder
 
 THREAD = (
-    'an odd sort of "working memory" if you can\'t actually update it to reflect progress on what you are working on, or '
-    'update per new '
-    "information (new unexpected token having been sampled).",
+    "an odd sort of \"working memory\" if you can't actually update it to reflect progress on what you are working on, or "
+    "update per new information (new unexpected token having been sampled).",
 )
 ADDS = "04 found no entry rewritten; this asks what serves instead"
 PAPERS = ("karpathy", "huang25")
@@ -99,9 +98,11 @@ def run(lab: Lab) -> Verdict:
         "right, with a condition",
         "It cannot be updated in place: of the old value's entries no bit changed, by hand and in SmolLM2. What can change is "
         "who is read, and how well that serves depends on the model: the induction model answers 3, then 5, exactly; SmolLM2 "
-        f"gives the newest of two colours {free} (chance 50%), {without} if it may not read its telling, {alone} if it may not "
-        f"read the older one, which still competes; after {counts[-1]} repaintings {interval(last)[0]:.0%} (chance "
+        f"gives the newest of two colours {free} (chance 50%), {without} if it may not read its telling, {alone} if it may "
+        f"not read the older one, which still competes; after {counts[-1]} repaintings {interval(last)[0]:.0%} (chance "
         f"{by_chance:.0%}).",
+        anew=f"no bit of an old value changed, so it still competes: p = {free} for the newer of two colours",
+        builds=f"who is read moves: by hand from 3 to 5, exactly; SmolLM2's p falls to {without} if it may not read the newer",
     )
 
 

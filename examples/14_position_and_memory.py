@@ -8,16 +8,15 @@ Controls: the same positions shuffled within each text, and layer 0, which is no
 and all is also measured after the norm, where no outlier can dominate.
 """
 
-from lab import Array, Lab, States, Verdict, documents, interval, log_softmax, main, smollm2, spearman  # isort: skip
+from lab import Array, Lab, Verdict, documents, interval, log_softmax, main, ranged, spearman, watched  # isort: skip
 import numpy as np
 from figures import Curves, figure
 
 THREAD = (
-    "Presumably the internal state at any given token position must also be encoding information specific to that position, as "
-    "well as this "
-    "evolving/current memory... So, can this be seen in the internal embeddings - are they composed of a position-dependent "
-    "part that changes a lot "
-    "between positions, and an evolving memory part that is largely similar between positions only changing slowly?",
+    "Presumably the internal state at any given token position must also be encoding information specific to that position, "
+    "as well as this evolving/current memory... So, can this be seen in the internal embeddings - are they composed of a "
+    "position-dependent part that changes a lot between positions, and an evolving memory part that is largely similar "
+    "between positions only changing slowly?",
 )
 ADDS = "an open question of the thread: what the states that are read are made of"
 PAPERS = ("song", "sun24", "sun26")
@@ -28,11 +27,9 @@ SLOW, SLOWER = 1.0, 0.5  # a mean squared step (0: frozen, 2: white) below which
 def gathered(texts: Array, layers: list[int]) -> tuple[Array, Array]:
     """States [layers, texts, T - 1, D] without position 0, and the surprise of each token given those before it, in nats."""
     kept, surprise = [], []
-    for text in texts:
-        watch = States()
-        logits = log_softmax(smollm2().forward(text, observer=watch))
-        kept.append(watch.all[layers, 1:])
-        surprise.append(-logits[np.arange(len(text) - 1), text[1:]])
+    for text, (stream, logits) in zip(texts, watched(texts), strict=True):
+        kept.append(stream[layers, 1:])
+        surprise.append(-log_softmax(logits)[np.arange(len(text) - 1), text[1:]])
     return np.stack(kept, axis=1), np.stack(surprise)
 
 
@@ -84,58 +81,61 @@ def slow(fit: Array, test: Array) -> tuple[float, float, float, Array]:
     return float(rho), *shares, bases[0]
 
 
+def of_layer(states: Array, texts: Array, surprise: Array, random: np.random.Generator) -> tuple[list, float, list]:
+    """What is told of a layer's states [C, T, D]; how far position, text and rest are from the whole; and for each test text
+    the rank correlation of a token's surprise with how far the slow part moves at it."""
+    h, half = normed(states), len(states) // 2
+    *shares, error, token = variance(h, texts)
+    rho, share, slower, basis = slow(h[:half], h[half:])
+    mixed = np.stack([text[random.permutation(len(text))] for text in h])
+    rho_mixed, share_mixed, *_ = slow(mixed[:half], mixed[half:])
+    moves = np.linalg.norm(np.diff(centred(h[half:]) @ basis, axis=1), axis=-1)  # [texts, T - 1]
+    linked = [spearman(a, b) for a, b in zip(moves, surprise[half:, 1:], strict=True)] if basis.shape[1] else [0.0]
+    row = [*shares, token, rho, rho_mixed, share, share_mixed, slower, slow(states[:half], states[half:])[1]]
+    return row, max(error, variance(states, texts)[3]), linked
+
+
 def run(lab: Lab) -> Verdict:
     length, n = lab.amount(33, 97), lab.amount(14, 84)
     texts, layers = documents(length)[:n], [0, 15, 30] if lab.quick else [0, 5, 10, 15, 20, 25, 30]
     states, surprise = gathered(texts, layers)
-    half, random, rows = len(texts) // 2, np.random.default_rng(0), []
-    worst, jumps = 0.0, []
-    for i, layer in enumerate(layers):
-        h = normed(states[i])
-        *shares, error, token = variance(h, texts[:, 1:])
-        worst = max(worst, error, variance(states[i], texts[:, 1:])[3])
-        rho, share, slower, basis = slow(h[:half], h[half:])
-        mixed = np.stack([text[random.permutation(len(text))] for text in h])
-        rho_mixed, share_mixed, *_ = slow(mixed[:half], mixed[half:])
-        raw = slow(states[i][:half], states[i][half:])
-        rows.append([layer, *shares, token, rho, rho_mixed, share, share_mixed, slower, raw[1]])
-        part = centred(h[half:]) @ basis
-        size = np.linalg.norm(np.diff(part, axis=1), axis=-1)  # [texts, T - 2]: how far the slow part moves at each token
-        jumps.append([spearman(a, b) for a, b in zip(size, surprise[half:, 1:], strict=True)] if basis.shape[1] else [0.0])
+    random = np.random.default_rng(0)
+    found = [of_layer(of, texts[:, 1:], surprise, random) for of in states]
+    rows = [[layer, *row] for layer, (row, _, _) in zip(layers, found, strict=True)]
     lab.table(f"SmolLM2 after the norm, {len(texts)} texts of {length} tokens: shares of the variance (by chance: position "
               f"{1 / len(texts):.1%}, text {1 / (length - 1):.1%}), and slowness",
               ("layer", "position", "text", "rest", "token (adjusted)", "neighbours' correlation", "shuffled", "slow",
                "shuffled", "correlation above 3/4", "slow, before the norm"), rows)  # fmt: skip
-    lab.check(worst < 1e-10, "position, text and rest add up to the whole variance (to 1e-10)")
+    lab.check(max(error for _, error, _ in found) < 1e-10, "position, text and rest add up to the whole variance (to 1e-10)")
     numbers = np.array(rows)
     lab.check(np.abs(numbers[:, 6] - numbers[:, 2]).max() < 0.1,
               "shuffled within the text, neighbours have in common what the whole text has")
     middle = 1 + int(numbers[1:, 7].argmax())
     lab.check(numbers[middle, 5] > numbers[middle, 6] + 0.05, "in their order, they have more in common")
     lab.check(numbers[middle, 5] > numbers[0, 5] + 0.05, "and more than the tokens themselves")
-    lab.check(numbers[middle, 7] > max(0.01, 2 * numbers[middle, 8], 2 * numbers[0, 7]), "a part of the states changes slowly, "
-              "more than shuffled, and more than of the tokens themselves")  # fmt: skip
-    link = interval(jumps[middle])
-    lab.table(f"Layer {layers[middle]}: does the slow part move more where the text "
-              "surprises?", ("texts", "rank correlation of surprise and move, mean [95%]"),
-              [[len(jumps[middle]), f"{link[0]:.3g} [{link[1]:.3g}, {link[2]:.3g}]"]])  # fmt: skip
+    lab.check(numbers[middle, 7] > max(0.01, 2 * numbers[middle, 8], 2 * numbers[0, 7]),
+              "a part of the states changes slowly, more than shuffled, and more than of the tokens themselves")  # fmt: skip
+    link = interval(found[middle][2])
+    lab.table(f"Layer {layers[middle]}: does the slow part move more where the text surprises?",
+              ("texts", "rank correlation of surprise and move, mean [95%]"),
+              [[len(found[middle][2]), ranged(link)]])  # fmt: skip
     names = ((1, "position"), (2, "text"), (4, "token (adjusted)"), (7, "slow directions"), (8, "slow directions, shuffled"))
-    lab.draw(figure([Curves("Parts of the states after the "
-                            "norm", [(name, layers, numbers[:, column]) for column, name in names], "layer",
-                            "share of the variance", limits=(0, 1)),
+    lines = [(name, layers, numbers[:, column]) for column, name in names]
+    lab.draw(figure([Curves("Parts of the states after the norm", lines, "layer", "share of the variance", limits=(0, 1)),
                      Curves("Neighbouring positions",
                             [("correlation", layers, numbers[:, 5]), ("shuffled within the text", layers, numbers[:, 6])],
                             "layer", "correlation")]),
              "The parts overlap (a slow direction can hold some of the text's part), so that they do not add up; position, "
              "text and rest do.")  # fmt: skip
+    slowly, shuffled, words, own = (float(x) for x in (*numbers[middle, [7, 8]], numbers[0, 7], numbers[middle, 4]))
     return Verdict(
         "open: this is what was measured",
-        f"Yes, both parts can be seen, but the slow one is the smaller: of the variance at layer {layers[middle]} "
-        f"{numbers[middle, 7]:.0%} changes slowly (shuffled "
-        f"{numbers[middle, 8]:.0%}, at the tokens themselves {numbers[0, 7]:.0%}), the token has {numbers[middle, 4]:.0%} "
-        f"(layer 0: {numbers[0, 4]:.0%}) and the position's number "
-        f"{numbers[middle, 1]:.0%}. The slow part's moves and the token's surprise have rank correlation {link[0]:.2f} "
-        f"[{link[1]:.2f}, {link[2]:.2f}].",
+        f"Yes, both parts can be seen, but the slow one is the smaller: of the variance at layer {layers[middle]} {slowly:.0%} "
+        f"changes slowly (shuffled {shuffled:.0%}, at the tokens themselves {words:.0%}), the token has {own:.0%} (layer 0: "
+        f"{numbers[0, 4]:.0%}) and the position's number {numbers[middle, 1]:.0%}. The slow part's moves and the token's "
+        f"surprise have rank correlation {link[0]:.2f} [{link[1]:.2f}, {link[2]:.2f}].",
+        anew=f"of the variance at layer {layers[middle]} {own:.0%} is the token's own, and {slowly:.0%} changes slowly",
+        builds=f"slow are {slowly:.0%}, more than if shuffled ({shuffled:.0%}) or in the words themselves ({words:.0%})",
     )
 
 

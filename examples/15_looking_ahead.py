@@ -7,7 +7,7 @@ one position is kept from reading its context (its word stays), and the predicti
 compared.
 """
 
-from lab import Array, Lab, States, Verdict, documents, interval, kl, main, smollm2  # isort: skip
+from lab import Array, Lab, Verdict, documents, interval, kl, main, ranged, smollm2, watched  # isort: skip
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -17,8 +17,7 @@ from nanokv import Cut
 
 THREAD = (
     "Sure with one forward pass you only get one token at a time, but looking at what is happening in the latent space there "
-    "are clear signs of long "
-    "term planning and reasoning that go beyond just the next token.",
+    "are clear signs of long term planning and reasoning that go beyond just the next token.",
 )
 ADDS = "14 took states apart; this looks for the future in them"
 PAPERS = ("pal", "wu", "lindsey_bio", "dong", "plan26", "ma26", "shai")
@@ -28,12 +27,11 @@ AHEAD = (1, 2, 3, 4)
 def gathered(texts: Array, layers: list[int]) -> tuple[Array, Array, Array]:
     """States [layers, texts, T, D] as the head would see them, the last layer's, and the model's choices [texts, T]."""
     model, kept, last, choices = smollm2(), [], [], []
-    for text in texts:
-        watch = States()
-        choices.append(model.forward(text, observer=watch).argmax(axis=1))
-        h = watch.all[layers]
+    for stream, logits in watched(texts):
+        h = stream[layers]
         kept.append(h / np.sqrt((h * h).mean(axis=-1, keepdims=True)))
-        last.append(model.norm(watch.all[-1], model.weights.final_norm, None))
+        last.append(model.norm(stream[-1], model.weights.final_norm, None))
+        choices.append(logits.argmax(axis=1))
     return np.stack(kept, axis=1), np.stack(last), np.stack(choices)
 
 
@@ -114,7 +112,7 @@ def run(lab: Lab) -> Verdict:
     means = np.array([interval(column) for column in cuts.T])
     lab.table(f"What the thought at a position does for later predictions ({len(cuts)} texts), KL in nats [95%]",
               ("taken away", "1 token later", "2", "3"),
-              [[name, *(f"{m:.3g} [{low:.3g}, {high:.3g}]" for m, low, high in means[3 * i : 3 * i + 3])]
+              [[name, *map(ranged, means[3 * i : 3 * i + 3])]
                for i, name in enumerate(("its context (the word stays)", "word and thought (nobody reads it)"))])  # fmt: skip
     lab.check(means[0, 1] > 0, "predictions after a position use what it made of its context")
     lab.draw(figure([Curves("What a probe can read", curves, "layer", "right answers",
@@ -129,11 +127,12 @@ def run(lab: Lab) -> Verdict:
     return Verdict(
         "right, with a condition" if gains[2][1] > 0 else "open: this is what was measured",
         f"Beyond the word itself, inner states let a linear probe name the model's choice more often by {gains[1][0]:.0%} of "
-        f"cases for the next token, {gains[2][0]:+.1%} "
-        f"[{gains[2][1]:+.1%}, {gains[2][2]:+.1%}] two ahead and {gains[far][0]:+.1%} [{gains[far][1]:+.1%}, "
-        f"{gains[far][2]:+.1%}] {far} ahead: at 135 million parameters, signs of "
+        f"cases for the next token, {gains[2][0]:+.1%} [{gains[2][1]:+.1%}, {gains[2][2]:+.1%}] two ahead and "
+        f"{gains[far][0]:+.1%} [{gains[far][1]:+.1%}, {gains[far][2]:+.1%}] {far} ahead: at 135 million parameters, signs of "
         f"little more than the next token. And a position's thought is used by later ones (KL {means[0, 0]:.2g} one token on, "
         f"{means[2, 0]:.2g} three on), which is memory, not proof of a plan.",
+        anew="two tokens ahead inner states name the choice little better: {:+.1%} [{:+.1%}, {:+.1%}]".format(*gains[2]),
+        builds=f"without one position's thought: KL {means[0, 0]:.2g} nats a token later, {means[2, 0]:.2g} three later",
     )
 
 

@@ -16,18 +16,17 @@ from nanokv.handmade import induction
 
 THREAD = (
     "when the model is processing token N, it can check it's past internal state during token 1,...,N-1, and thus \"see\" its "
-    "previous plan and "
-    "reasoning, and iterate over it, rather than just repeating everything from scratch in each token's hidden state",
+    "previous plan and reasoning, and iterate over it, rather than just repeating everything from scratch in each token's "
+    "hidden state",
 )
 ADDS = "15 read thoughts; this changes them, entry by entry"
 PAPERS = ("geva", "ma26", "belitsky", "lindsey_intro")
 WINDOW = 6
-CAPITALS = (
-    ("France", "Paris"), ("Italy", "Rome"), ("Germany", "Berlin"), ("Spain", "Madrid"), ("Japan", "Tokyo"),
-    ("Russia", "Moscow"), ("Egypt", "Cairo"),
-    ("Greece", "Athens"), ("Ireland", "Dublin"), ("Cuba", "Havana"), ("Austria", "Vienna"), ("Poland", "Warsaw"),
-    ("Norway", "Oslo"), ("Portugal", "Lisbon"),
-)  # fmt: skip
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid", "Japan": "Tokyo", "Russia": "Moscow",
+    "Egypt": "Cairo", "Greece": "Athens", "Ireland": "Dublin", "Cuba": "Havana", "Austria": "Vienna", "Poland": "Warsaw",
+    "Norway": "Oslo", "Portugal": "Lisbon",
+}  # fmt: skip
 
 
 def by_hand() -> list[list[object]]:
@@ -38,10 +37,9 @@ def by_hand() -> list[list[object]]:
         caches[name] = model.new_cache()
         model.forward(text[:-1], caches[name])
     rows = []
-    for name, edit in (("nothing", None), ("its value, from a text with 8 "
-                                           "there", Replace(1, 2, v=caches["other word"].values(1)[2])),
-                       ("its key, from a text with 4 before "
-                        "it", Replace(1, 2, k=caches["other predecessor"].keys(1)[2]))):  # fmt: skip
+    value, key = caches["other word"].values(1)[2], caches["other predecessor"].keys(1)[2]
+    for name, edit in (("nothing", None), ("its value, from a text with 8 there", Replace(1, 2, v=value)),
+                       ("its key, from a text with 4 before it", Replace(1, 2, k=key))):  # fmt: skip
         logits = model.forward(ids[-1:], caches["own"].copy(), edits=[edit] if edit else [])[-1]
         rows.append([name, int(logits.argmax())])
     return rows
@@ -78,47 +76,56 @@ def ranks(model: Transformer, tokens: list[int], answer: int) -> Array:
     return (logits > logits[..., answer, None]).sum(axis=-1)
 
 
+def transplanted(lab: Lab, model: Transformer, known: list[tuple[list[int], int]]) -> Array:
+    """The tables of what transplants do; [windows, positions] how far they move the answer."""
+    pairs = list(zip(known, known[1:] + known[:1], strict=True))[: lab.amount(2, 8)]
+    found = [moved(model, list(a), list(b), said_a, said_b) for (a, said_a), (b, said_b) in pairs]
+    grid, whole, cut = np.mean([part for part, _, _ in found], axis=0), [w for _, w, _ in found], [c for _, _, c in found]
+    lab.table(f"SmolLM2, {len(pairs)} pairs of countries whose capital it knows: entries transplanted, six layers at a time "
+              "(mean)", ("layers", *words(model, known)),
+              [[f"{3 * i} to {3 * i + WINDOW - 1}", *row] for i, row in enumerate(grid)])  # fmt: skip
+    lab.table("The country's entries", ("in all layers", "how far the answer moves [95%]"),
+              [["transplanted", with_interval(whole)], ["not read by the last token", with_interval(cut)]])  # fmt: skip
+    lab.check(np.abs(np.array(whole) - 1).max() < 1e-4,
+              "with all its layers transplanted the last token says what it says in the other text")  # fmt: skip
+    lab.check(grid[:, 3].max() > 0.5, "six layers of one position carry most of the answer over")
+    lab.check(np.abs(grid[:, :3]).max() == 0, "entries of positions before the country move nothing, exactly")
+    return grid
+
+
+def words(model: Transformer, known: list[tuple[list[int], int]]) -> list[str]:
+    """The words of a text but the last, the country's name left open."""
+    first = [model.tokenizer.piece(token) for token in known[0][0][:-1]]
+    return [*first[:3], " (country)", *first[4:]]
+
+
+def refined(lab: Lab, model: Transformer, known: list[tuple[list[int], int]]) -> Array:
+    """The table of the answer's rank, [facts, L + 1, T]."""
+    rank = np.stack([ranks(model, list(tokens), said) for tokens, said in known[: lab.amount(3, 14)]])
+    lab.table(f"Rank of the answer among 49,152 tokens, read off each state ({len(rank)} facts, median)",
+              ("layer", "at the country", "at the last token"),
+              [[l, *np.median(rank[:, l][:, [3, -1]], axis=0).astype(int).tolist()] for l in (0, 10, 15, 20, 25, 30)])
+    lab.check(np.median(rank[:, 30, -1]) == 0 and np.median(rank[:, 15, -1]) > 10,
+              "the answer is made in the upper half of the last token's stack")  # fmt: skip
+    return rank
+
+
 def run(lab: Lab) -> Verdict:
     rows = by_hand()
     lab.table("Induction, by hand: the entry that is read (layer 1, position 2) replaced", ("replaced", "the model says"), rows)
     lab.check([said for _, said in rows] == [7, 8, 0], "the value of an entry is what is said, its key whether it is found")
 
-    model = smollm2()
-    encode = model.tokenizer.encode
-    facts = [(f"The capital of {country} is", " " + capital) for country, capital in CAPITALS
-             if len(encode(" " + country)) == 1]
-    known = [(encode(text), encode(capital)[0]) for text, capital in facts]
-    known = [(tokens, said) for tokens, said in known if int(model.forward(tokens, last_logits_only=True)[-1].argmax()) == said]
-    pairs = list(zip(known, known[1:] + known[:1], strict=True))[: lab.amount(2, 8)]
-    found = [moved(model, list(a), list(b), said_a, said_b) for (a, said_a), (b, said_b) in pairs]
-    grid, whole, cut = np.mean([part for part, _, _ in found], axis=0), [w for _, w, _ in found], [c for _, _, c in found]
-    words = [model.tokenizer.piece(token) for token in known[0][0][:-1]]
-    words[3] = " (country)"
-    lab.table(f"SmolLM2, {len(pairs)} pairs of countries whose capital it knows: entries transplanted, six layers at a time "
-              "(mean)",
-              ("layers", *words), [[f"{3 * i} to {3 * i + WINDOW - 1}", *row] for i, row in enumerate(grid)])  # fmt: skip
-    lab.table("The country's entries", ("in all layers", "how far the answer moves [95%]"),
-              [["transplanted", with_interval(whole)], ["not read by the last token", with_interval(cut)]])  # fmt: skip
-    lab.check(np.abs(np.array(whole) - 1).max() < 1e-4, "with all its layers transplanted the last token says what it says in "
-                                                        "the other text")
-    lab.check(grid[:, 3].max() > 0.5, "six layers of one position carry most of the answer over")
-    lab.check(np.abs(grid[:, :3]).max() == 0, "entries of positions before the country move nothing, exactly")
-
-    rank = np.stack([ranks(model, list(tokens), said) for tokens, said in known[: lab.amount(3, 14)]])
-    steps = [0, 10, 15, 20, 25, 30]
-    lab.table(f"Rank of the answer among 49,152 tokens, read off each state ({len(rank)} facts, "
-              "median)", ("layer", "at the country", "at the last token"),
-              [[l, int(np.median(rank[:, l, 3])), int(np.median(rank[:, l, -1]))] for l in steps])  # fmt: skip
-    last = np.log10(1 + rank[:, :, -1])
-    late = float(np.median(rank[:, 15, -1]))
-    lab.check(np.median(rank[:, 30, -1]) == 0 and late > 10, "the answer is made in the upper half of the last token's stack")
-    around = np.array([interval(column) for column in last.T])
-    there = np.array([interval(column) for column in np.log10(1 + rank[:, :, 3]).T])
-    lab.draw(figure([Grid("Transplanted: how far the answer "
-                          "moves", grid, "", "layers (3 i to 3 i + 5)", columns=words, cell=34,
-                          marks=np.vectorize("{:.2f}".format)(grid)),
+    model, encode = smollm2(), smollm2().tokenizer.encode
+    facts = [(encode(f"The capital of {country} is"), encode(" " + capital)[0]) for country, capital in CAPITALS.items()
+             if len(encode(" " + country)) == 1]  # fmt: skip
+    known = [(text, said) for text, said in facts if model.forward(text, last_logits_only=True)[-1].argmax() == said]
+    grid, rank = transplanted(lab, model, known), refined(lab, model, known)
+    last, country = (np.array([interval(column) for column in np.log10(1 + rank[:, :, pos]).T]) for pos in (-1, 3))
+    windows = [f"{3 * i}–{3 * i + WINDOW - 1}" for i in range(len(grid))]
+    lab.draw(figure([Grid("Transplanted: how far the answer moves", grid, "", "layers", columns=words(model, known),
+                          rows=windows, cell=34, marks=np.vectorize("{:.2f}".format)(np.round(grid, 2) + 0.0)),
                      Curves("Rank of the answer",
-                            [("at the last token", range(31), *around.T), ("at the country", range(31), *there.T)], "layer",
+                            [("at the last token", range(31), *last.T), ("at the country", range(31), *country.T)], "layer",
                             "log10 of 1 + rank")]),
              "Left: where in the cache the country's capital can be changed. Right: where the answer forms (mean and 95% "
              "interval).")  # fmt: skip
@@ -126,10 +133,10 @@ def run(lab: Lab) -> Verdict:
     return Verdict(
         "right",
         f"Later tokens take ready-made results from the cache: of the country's position, layers {3 * best} to "
-        f"{3 * best + WINDOW - 1} alone, put into another text, move the "
-        f"answer by {grid[best, 3]:.0%} of the way to that text's capital (all layers: 100%; positions before the country: "
-        "exactly 0). And it is refined, not repeated: at the last token the "
-        f"answer goes from rank {late:,.0f} at layer 15 to 0 at the top.",
+        f"{3 * best + WINDOW - 1} alone, put into another text, move the answer by {grid[best, 3]:.0%} of the way to that "
+        "text's capital (all layers: 100%; positions before the country: exactly 0). And it is refined, not repeated: at the "
+        f"last token the answer goes from rank {np.median(rank[:, 15, -1]):,.0f} at layer 15 to 0 at the top.",
+        builds=f"six layers of one country's entries, put into another's text, move the answer {grid[best, 3]:.0%} of the way",
     )
 
 

@@ -17,8 +17,7 @@ from training import Shape, gradient_error, library_model, loss, train
 
 THREAD = (
     "Its not a perfect mechanism for sure, and there is work to make LLMs able to carry more information forward (e.g. "
-    "feedback transformers), but they "
-    "can definitely do some of that today.",
+    "feedback transformers), but they can definitely do some of that today.",
     "is not a perfect information-passing mechanism because of how those model are trained (and something like feedback "
     "transformer would be better)",
 )
@@ -84,22 +83,19 @@ def run(lab: Lab) -> Verdict:
                   and by["standard, 2 layers"].max() < by["standard, 4 layers"].min(),
                   "the standard model's frontier moves with its depth, in every seed")  # fmt: skip
         lab.check(by["feedback, 1 layer"].min() == length, "the feedback model's does not stop within the length")
-    lab.draw(figure([Curves("Which of six permutations? Every "
-                            "seed", [(f"{name}, seed {s}", range(1, length + 1), curves[i, s, 1:])
-                            for i, name in enumerate(kinds) for s in seeds],
-                            "moves so far", "right answers", limits=(0, 1))]),
-              "Guessing is right in 1 of 6 cases.")  # fmt: skip
+    lines = [(name, range(1, length + 1), curves[i, s, 1:]) for i, name in enumerate(kinds) for s in seeds]
+    lab.draw(figure([Curves("Which of six permutations? A line for each seed", lines, "moves so far", "right answers",
+                            limits=(0, 1))]), "Guessing is right in 1 of 6 cases.")  # fmt: skip
     deepest = list(kinds)[-2].replace(", ", " of ")
-    frontier = ", ".join(f"{name.split(', ')[1]}: move "
-                         f"{int(np.median(r))}" for name, r in by.items() if name.startswith("standard"))
+    frontier = ", ".join(f"{name.split(', ')[1]}: move {int(np.median(r))}" for name, r in by.items() if "standard" in name)
     return Verdict(
         "right, with a condition",
         f"On a task that is nothing but a state to be kept, a feedback model of one layer is right at move {length} in "
-        f"{curves[-1, :, -1].mean():.0%} of cases, "
-        f"the {deepest} in {curves[-2, :, -1].mean():.0%}; what a standard model gets right in 9 of 10 cases moves with its "
-        f"depth ({frontier}). The condition: small "
-        "models, a short training and a synthetic task; and for it a feedback model gives up processing positions side by "
-        "side.",
+        f"{curves[-1, :, -1].mean():.0%} of cases, the {deepest} in {curves[-2, :, -1].mean():.0%}; what a standard model "
+        f"gets right in 9 of 10 cases moves with its depth ({frontier}). The condition: small models, a short training and a "
+        "synthetic task; and for it a feedback model gives up processing positions side by side.",
+        anew=f"trained to keep a state, the {deepest} knows it after {length} moves in {curves[-2, :, -1].mean():.0%} of cases",
+        builds=f"trained so, one layer with feedback knows it in {curves[-1, :, -1].mean():.0%}",
     )
 
 

@@ -25,6 +25,7 @@ class Grid:
     low: float = 0.0
     high: float = 1.0
     columns: Sequence[str] = ()  # labels; none: numbers
+    rows: Sequence[str] = ()
     marks: np.ndarray | None = None  # text in each cell
     legend: str = ""
     cell: int = 14
@@ -32,7 +33,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over a common axis. A line is (name, x, y) or (name, x, y, low, high), the last two an interval of y."""
+    """Lines over a common axis. A line is (name, x, y) or (name, x, y, low, high), the last two an interval of y. Lines of one
+    name have one colour."""
 
     title: str
     lines: Sequence[tuple]
@@ -85,9 +87,10 @@ def _grid(panel: Grid) -> tuple[str, int, int]:
             fill = _shade(float(panel.values[i, j]), panel.low, panel.high)
             body.append(f'<rect x="{left + j * c}" y="{y}" width="{c - 1}" height="{c - 1}" fill="{fill}"/>')
             if panel.marks is not None and panel.marks[i, j]:
-                body.append(_text(left + j * c + c / 2 - 0.5, y + c / 2 + 3, str(panel.marks[i, j]), 9, "middle"))
-        if rows <= 12 or i % 5 == 0:
-            body.append(_text(left - 5, y + c / 2 + 4, str(i), 10, "end"))
+                ink = PAPER if abs(panel.values[i, j]) > 0.6 * panel.high else INK
+                body.append(_text(left + j * c + c / 2 - 0.5, y + c / 2 + 3, str(panel.marks[i, j]), 9, "middle", colour=ink))
+        if panel.rows or rows <= 12 or i % 5 == 0:
+            body.append(_text(left - 5, y + c / 2 + 4, panel.rows[i] if panel.rows else str(i), 10, "end"))
     bottom = top + rows * c
     for j in range(columns):
         x = left + j * c + c / 2
@@ -143,7 +146,9 @@ def _curves(panel: Curves) -> tuple[str, int, int]:
     for tick, text in panel.ticks or _ticks(x_low, x_high, False):
         x = at(tick, high)[0]
         body.append(_text(x, top + height + 15, text, 10, "middle"))
-    for i, (name, x, y, *interval) in enumerate(panel.lines):
+    names = list(dict.fromkeys(line[0] for line in panel.lines))
+    for name, x, y, *interval in panel.lines:
+        i = names.index(name)
         colour, dash = COLOURS[i % len(COLOURS)], ' stroke-dasharray="5 3"' if i >= len(COLOURS) else ""
         places = [at(float(a), float(b)) for a, b in zip(x, y, strict=True) if np.isfinite(b)]
         if interval:
@@ -153,11 +158,12 @@ def _curves(panel: Curves) -> tuple[str, int, int]:
         body.append(f'<path d="M{_points(places)}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>')
         if len(places) <= 40:
             body += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.2" fill="{colour}"/>' for a, b in places]
-        body.append(f'<path d="M{left} {top + height + 50 + 15 * i}h18" stroke="{colour}" stroke-width="2.4"{dash}/>')
-        body.append(_text(left + 24, top + height + 54 + 15 * i, name, 11))
+        key = f'<path d="M{left} {top + height + 50 + 15 * i}h18" stroke="{colour}" stroke-width="2.4"{dash}/>'
+        if key not in body:
+            body += [key, _text(left + 24, top + height + 54 + 15 * i, name, 11)]
     body.append(_text(left + width / 2, top + height + 32, panel.x, 11, "middle"))
     body.append(_text(14, top + height / 2, panel.y, 11, "middle", -90))
-    return "\n".join(body), left + width + 24, top + height + 60 + 15 * len(panel.lines)
+    return "\n".join(body), left + width + 24, top + height + 60 + 15 * len(names)
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,18 @@ class Refuted(AssertionError):  # noqa: N818 - it says what happened
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found about the claim, in two sentences."""
+    """What was found about the claim, in two sentences; and in a line each, with its numbers, what speaks for each side."""
 
     kind: str
     text: str
+    anew: str = ""  # for "it starts anew", or against what it is said to be able to do
+    builds: str = ""  # for "it builds on what it thought before"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"a verdict is one of {KINDS}, not {self.kind!r}")
+        if not self.anew + self.builds:
+            raise ValueError("a verdict says what speaks for one side, or for both")
 
 
 @dataclass
@@ -103,14 +109,30 @@ def shown(cell: Any) -> str:
 def run_example(module: Any, name: str, folder: Path, quick: bool) -> dict[str, Any]:
     """Run one example; what it found, as it goes into the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    lab = Lab(quick, folder, name)
+    lab, begun, busy = Lab(quick, folder, name), time.perf_counter(), processor_seconds()
     print(f"{name}: {module.__doc__.splitlines()[0]}\n  thread: {' / '.join(module.THREAD)}")
     verdict = module.run(lab)
     for what in lab.checks:
         print(f"  checked: {what}")
-    print(f"\n{verdict.kind.upper()}. {verdict.text}")
+    seconds = {"elapsed": time.perf_counter() - begun, "processor": processor_seconds() - busy}
+    print(f"\n{verdict.kind.upper()}. {verdict.text}\n\n{seconds['elapsed']:.0f} s")
     return {"name": name, "quick": quick, "tables": lab.tables, "pictures": lab.pictures, "checks": lab.checks,
-            "verdict": {"kind": verdict.kind, "text": verdict.text}}  # fmt: skip
+            "verdict": asdict(verdict), "seconds": seconds, "machine": machine()}  # fmt: skip
+
+
+def processor_seconds() -> float:
+    """What this process and those that it started have used."""
+    return sum(os.times()[:4])
+
+
+def machine() -> str:
+    """Processor, cores and Python, in words."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def main(run: Callable[[Lab], Verdict]) -> None:
@@ -121,13 +143,12 @@ def main(run: Callable[[Lab], Verdict]) -> None:
     parser.add_argument("--quick", action="store_true", help="do less of everything, in seconds")
     parser.add_argument("--out", type=Path, default=Path("examples-out"), help="folder for the pictures and the numbers")
     arguments = parser.parse_args()
-    begun = time.perf_counter()
     try:
         found = run_example(module, name, arguments.out, arguments.quick)
     except Refuted as error:
         sys.exit(f"REFUTED. {error}")
     (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{arguments.out / name}.json and .svg; {time.perf_counter() - begun:.1f} s")
+    print(f"{arguments.out / name}.json and .svg")
 
 
 # Models
@@ -188,6 +209,14 @@ def states(model: Transformer, tokens: Sequence[int] | Array, **options: Any) ->
     return watch.all
 
 
+def watched(texts: Array) -> Iterator[tuple[Array, Array]]:
+    """The residual stream [L + 1, T, D] and the logits [T, V] of SmolLM2 on each text."""
+    for text in texts:
+        watch = States()
+        logits = smollm2().forward(text, observer=watch)
+        yield watch.all, logits
+
+
 # Texts
 
 
@@ -226,7 +255,12 @@ def interval(samples: Sequence[float] | Array, seed: int = 0) -> tuple[float, fl
 
 def with_interval(samples: Sequence[float] | Array) -> str:
     """The mean and its interval as text."""
-    mean, low, high = interval(samples)
+    return ranged(interval(samples))
+
+
+def ranged(three: Sequence[float] | Array) -> str:
+    """A mean and the ends of its interval as text."""
+    mean, low, high = three
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 

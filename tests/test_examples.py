@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +21,8 @@ import training
 from test_readme import code_lines
 
 from nanokv import KVCache, Transformer, transformer
-from nanokv.cache import Slots
-from nanokv.edits import Edits, Replace
+from nanokv.cache import Ranges, Slots
+from nanokv.edits import Cut, Edits, Replace
 from nanokv.errors import ModelNotFoundError
 from nanokv.feedback import FeedbackTransformer
 
@@ -52,6 +54,7 @@ def quick(name: str, folder: Path) -> dict[str, Any]:
 def test_it_finds_what_it_says(name: str, tmp_path: Path) -> None:
     found = quick(name, tmp_path)
     assert found["tables"] and found["checks"] and found["pictures"]
+    assert any(any(map(str.isdigit, found["verdict"][side])) for side in ("anew", "builds"))
     for picture in found["pictures"]:
         assert (tmp_path / picture["file"]).read_text().lstrip().startswith(("<svg", "<?xml"))
     json.dumps(found)
@@ -80,8 +83,35 @@ def test_the_page_is_made_of_the_results_that_lie_beside_it() -> None:
     found = make.results()
     assert list(found) == NAMES and not any(each["quick"] for each in found.values())
     assert make.README.read_text() == make.readme()
+    assert (make.RESULTS / "verdict.svg").read_text() == make.verdict_of(found)
     for each in found.values():
         assert all((make.RESULTS / picture["file"]).is_file() for picture in each["pictures"])
+        assert each["seconds"]["processor"] < 5 * 60
+    assert sum(each["seconds"]["processor"] for each in found.values()) < 40 * 60
+
+
+def test_one_picture_has_every_sentence_of_the_argument_and_what_speaks_for_each_side() -> None:
+    found = make.results()
+    words = " ".join(re.findall(r">([^<>]+)</text>", make.verdict_of(found)))
+    for said, numbers in make.ARGUMENT:
+        assert escape(f"“{said}”") in words and all(f" {number} " in words for number in numbers.split())
+    for each in found.values():
+        for side in ("anew", "builds"):
+            assert escape(each["verdict"][side]) in words
+    tried = {number for _, numbers in make.ARGUMENT for number in numbers.split()}
+    assert tried == {name[:2] for name in NAMES}
+
+
+def test_one_command_measures_all_and_draws_that_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run here with one example, beside what is known of the others."""
+    for path in make.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    page = make.README.read_text()
+    monkeypatch.setattr("sys.argv", ["make.py", "--quick", "--only", "06", "--out", str(tmp_path)])
+    make.main()
+    drawn = (tmp_path / "verdict.svg").read_text()
+    assert make.results(tmp_path)["06_pyramid"]["quick"] and "Quick runs" in drawn and "no further (3 of" in drawn
+    assert make.README.read_text() == page
 
 
 # Broken models. Each says what it does and which check must notice.
@@ -94,7 +124,7 @@ def lets_the_future_in(patch: pytest.MonkeyPatch) -> None:
 
     def wide(self: KVCache, layer: int, start: int, n: int, *rest: Any) -> Slots:
         slots = read(self, layer, start, n, *rest)
-        return Slots(layer, start, slots.kv_head, slots.first, np.full_like(slots.stop, start + n))
+        return Slots(layer, start, slots.kv_head, Ranges(slots.first, np.full_like(slots.stop, start + n)))
 
     patch.setattr(KVCache, "read", wide)
 
@@ -105,9 +135,32 @@ def forgets_the_past(patch: pytest.MonkeyPatch) -> None:
 
     def narrow(self: KVCache, layer: int, start: int, n: int, *rest: Any) -> Slots:
         slots = read(self, layer, start, n, *rest)
-        return Slots(layer, start, slots.kv_head, np.maximum(slots.first, slots.stop - 2), slots.stop)
+        return Slots(layer, start, slots.kv_head, Ranges(np.maximum(slots.first, slots.stop - 2), slots.stop))
 
     patch.setattr(KVCache, "read", narrow)
+
+
+def thinks_nothing_of_its_context(patch: pytest.MonkeyPatch) -> None:
+    """A model that starts anew: of a call only the last position reads others, which hold no more than their own word."""
+    given = transformer.sorted_edits
+
+    def isolating(edits: Any, config: Any, start: int, n: int) -> Edits:
+        pairs = [(dst, src) for dst in range(start, start + n - 1) for src in range(1, dst)]
+        own = [Cut(layer, *pair) for layer in range(config.n_layers) for pair in pairs]
+        return given(list(dict.fromkeys([*edits, *own])), config, start, n)
+
+    patch.setattr(transformer, "sorted_edits", isolating)
+
+
+def reads_itself_alone(patch: pytest.MonkeyPatch) -> None:
+    """A state is a function of the token and of its position's number."""
+    read = KVCache.read
+
+    def alone(self: KVCache, layer: int, start: int, n: int, *rest: Any) -> Slots:
+        slots = read(self, layer, start, n, *rest)
+        return Slots(layer, start, slots.kv_head, Ranges((slots.stop - 1).astype(np.int32), slots.stop))
+
+    patch.setattr(KVCache, "read", alone)
 
 
 def rewrites_an_old_slot(patch: pytest.MonkeyPatch) -> None:
@@ -222,10 +275,13 @@ BROKEN: tuple[tuple[str, Break, str], ...] = (
     ("07", does_not_cut, "with everything cut the prediction is another one"),
     ("08", forgets_the_past, "exactly two change the prediction"),
     ("08", does_not_cut, "exactly two change the prediction"),
+    ("09", thinks_nothing_of_its_context, "taking the earlier positions' context away changes the prediction"),
     ("10", saves_rounded_numbers, "another process goes on from the file"),
     ("11", has_a_state_beyond_the_words, "without the cache, from the tokens alone"),
     ("12", rounds_the_cache_to_signs, "eight are enough"),
     ("13", rewrites_an_old_slot, "no entry of the old value changed"),
+    ("14", reads_itself_alone, "in their order, they have more in common"),
+    ("15", reads_itself_alone, "read better from inner states than from the word alone"),
     ("16", does_not_replace, "the value of an entry is what is said"),
     ("17", goes_back_wrongly, "gradients agree with finite differences"),
     ("18", sends_the_gradient_back_after_all, "that of its own loss alone"),

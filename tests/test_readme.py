@@ -24,9 +24,9 @@ ORDER = {
     "trace": """schema steps recorder hashes writer files store ids
         laws laws_of_memory laws_of_numbers
         explain why telling tellers recompute arithmetic diff dump
-        parts measures rollout proximity target knockout spread sinks prediction edges flow making
+        parts measures rollout proximity target knockout spread sinks prediction edges flow memory making
         selection paths reach difference verify cutting lens nodelink blas
-        scene look grid lanes layout marks captions labels maps heat pyramid cachemap draw
+        scene look grid lanes layout marks captions labels maps heat pyramid cachemap draw notebook
         export names assemble huggingface""",
 }
 
