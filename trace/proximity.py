@@ -1,4 +1,4 @@
-"""`proximity`: how much nearer each part brings a state to what it becomes (Ferrando et al. 2022, arXiv 2203.04212; the
+"""`proximity`: how much nearer each part brings a state to what it becomes (Ferrando and others 2022, arXiv 2203.04212; the
 "information flow routes" of Ferrando and Voita 2024, arXiv 2403.00824).
 
 A state y is the sum of its parts: what each head brings from each position, what stood there before, and the output bias.

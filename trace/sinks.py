@@ -1,4 +1,5 @@
-"""Sinks: positions that draw much attention and give little (Xiao et al. 2023, arXiv 2309.17453). Pictures set them apart."""
+"""Sinks: positions that draw much attention and give little (Xiao and others 2023, arXiv 2309.17453). Pictures set them
+apart."""
 
 from __future__ import annotations
 
