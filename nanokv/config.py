@@ -84,6 +84,8 @@ class Config:
         if self.attn_scale is None:
             object.__setattr__(self, "attn_scale", 1 / math.sqrt(self.head_dim))
         _require(_positive(self.attn_scale), f"attn_scale is {self.attn_scale!r}; it must be a positive number")
+        _require(not self.post_norms or self.norm == "rms", f"post_norms are RMS norms, and norm is {self.norm!r}: it must be "
+                 "'rms'")  # fmt: skip
         self._check_positions()
 
     def _check_positions(self) -> None:

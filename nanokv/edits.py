@@ -94,7 +94,7 @@ def sorted_edits(edits: Sequence[Edit], config: Config, start: int, n: int) -> E
         else:
             _check_state(edit, config, start, n)
             found.states.setdefault((edit.site, edit.layer), []).append(edit)
-    found.edges.update({layer: np.array(sorted(edges), np.int64) for layer, edges in rows.items()})
+    found.edges.update({layer: np.array(edges, np.int64) for layer, edges in rows.items()})
     return found
 
 

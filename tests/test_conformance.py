@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nanokv.errors import ModelNotFoundError
+from nanokv.errors import ConfigError, ModelNotFoundError
 from nanokv.load import find
 
 SUITE = Path(__file__).parent / "conformance"
@@ -20,10 +20,11 @@ ROOT = SUITE.parents[1]
 sys.path.insert(0, str(SUITE))
 
 import run as runner  # noqa: E402
-from compare import judge  # noqa: E402
+from compare import crc_of_bits, judge  # noqa: E402
 from making import rules  # noqa: E402
 from nanokv_parts import as_json, parts_of  # noqa: E402
 from nanokv_port import Port  # noqa: E402
+from plain_models import config_of  # noqa: E402
 
 CASES = runner.load_cases()
 FLAGS = runner.load_flags()
@@ -190,6 +191,53 @@ def example(**changes: Any) -> dict[str, Any]:
 def test_answers_are_judged(outputs: dict[str, Any], close: str, exact: str) -> None:
     assert judge(example(), {"outputs": outputs}, "close").status == close
     assert judge(example(), {"outputs": outputs}, "exact").status == exact
+
+
+def test_cuts_in_any_order_and_twice_are_the_same_cuts() -> None:
+    """A porter fed the kernels cuts that were not sorted: between two of them values were added twice. Only the model's own
+    door sorted them. The kernels sort them, whoever calls."""
+    (case,) = [case for case in CASES if case["id"] == "attention/cuts_unordered"]
+    cuts = case["inputs"]["cuts"]
+    assert cuts != sorted(cuts) and len(cuts) > len({tuple(cut) for cut in cuts})
+    port = ask(Port(parts_of("numba")))
+    answers = [
+        port({"id": "a/b", "op": case["op"], "inputs": case["inputs"] | {"cuts": given}, "want": ["z"]})["outputs"]
+        for given in (cuts, cuts[::-1], sorted(map(list, {tuple(cut) for cut in cuts})))
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_post_norms_without_rms_norm_are_refused(norm: str) -> None:
+    """A porter asked which norm the post-norms of such a model are: nanokv ended in a TypeError, or passed over the arrays."""
+    with pytest.raises(ConfigError, match="post_norms"):
+        small = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2, "d_model": 2, "d_ff": 2, "vocab_size": 2}
+        config_of(small | {"n_ctx": 2, "norm": norm, "post_norms": True})
+
+
+def test_a_bug_that_a_passed_case_speaks_against_is_not_named_where_another_fits() -> None:
+    signs = {"One": {"output": "y", "at": [0], "is": [5.0]}, "Other": {"output": "y", "at": [1], "is": [7.0]}}
+    wrong = {"outputs": {"y": [5, 7, "Infinity", "NaN"]}}
+    right = {"outputs": {"y": [1, 2, "Infinity", "NaN"]}}
+    first, second = example(id="a/first", inputs={}, op="a"), example(id="a/second", inputs={}, op="a", flags=signs)
+
+    def named(flags: dict[str, Any]) -> list[str]:
+        cases = [first | {"flags": flags}, second]
+        results = runner.run(cases, lambda request: right if request["id"] == "a/first" else wrong, "close")
+        return list(results)[1].named
+
+    assert named({}) == ["One", "Other"]
+    assert named({"One": signs["One"]}) == ["Other"]
+    assert named(signs) == ["One", "Other"]  # a bug in one place, and not in another
+
+
+def test_bits_are_told_by_a_checksum_of_all_of_an_output() -> None:
+    put = [1.0, 2.0000002384185791, "Infinity", "NaN"]
+    case = example(flags={"Bits": {"output": "y", "crc32": crc_of_bits([float(x) for x in put])}})
+    assert judge(case, {"outputs": {"y": put}}, "exact").named == ["Bits"]
+    assert judge(case, {"outputs": {"y": [1.0000001192092896, *put[1:]]}}, "exact").named == []
+    assert judge(case, {"outputs": {"y": [1, 2, "Infinity", "NaN"]}}, "exact").cleared == ["Bits"]
+    assert judge(case, {"outputs": {"y": [1, 2, "Infinity", "NaN"]}}, "close").cleared == []
 
 
 def test_minus_zero_is_not_zero_in_bits() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nanokv import ops as right
-from nanokv.cache import KVCache, Slots
+from nanokv.cache import KVCache, Ranges, Slots
 from nanokv.config import Config, Rope
 from nanokv.transformer import Transformer, Unobserved, checked_tokens
 from nanokv.weights import BlockWeights, Weights
@@ -71,16 +71,25 @@ class BrokenOps:
             rope = replace(rope, base=10000.0)
         if self.bug == "RopeScalingMissing":
             rope = replace(rope, divisors=None)
-        if self.bug == "RopeAngleFloat32":
-            powers = np.float32(rope.base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / -np.float32(head_dim))
-            angles = np.arange(start, start + n, dtype=np.float32)[:, None] * (powers / np.float32(rope.divisors or 1))
-            return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+        if self.bug == "RopeDivisorMultiplies" and rope.divisors is not None:
+            rope = replace(rope, divisors=tuple(1 / divisor for divisor in rope.divisors))
+        if self.bug == "RopeExponentHalved":
+            rope = replace(rope, base=rope.base**0.5)
+        if self.bug in ("RopeAngleFloat32", "RopeFrequencyFloat32"):
+            float_of = np.float32 if self.bug == "RopeAngleFloat32" else np.float64
+            frequencies = np.array(rope.frequencies(head_dim), np.float32).astype(float_of)
+            angles = np.arange(start, start + n).astype(float_of)[:, None] * frequencies
+            return np.cos(angles.astype(float)).astype(dtype), np.sin(angles.astype(float)).astype(dtype)
         return right.rope_table(rope, head_dim, start, n, dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array, pairs: str) -> Array:  # [T, N, hd] -> [T, N, hd]
         if self.bug == "RopePairs":
             pairs = {"halves": "neighbours", "neighbours": "halves"}[pairs]
-        return right.rope(x, cos, -sin if self.bug == "RopeBackwards" else sin, pairs)
+        y = right.rope(x, cos, -sin if self.bug == "RopeBackwards" else sin, pairs)
+        if self.bug == "RopePairOverwritten":  # y1 = x0 sin + x1 cos, but x0's place holds y0 by then
+            first, second = right._pair_slices(x.shape[-1], pairs)
+            y[..., second] = y[..., first] * sin[:, None] + x[..., second] * cos[:, None]
+        return y
 
     def attention(
         self, q: Array, cache: Any, slots: Slots, scale: float, cuts: Array | None = None,
@@ -89,6 +98,7 @@ class BrokenOps:
         k, v = cache.keys(slots.layer), cache.values(slots.layer)  # [S, G, hd]
         kv_head = np.minimum(slots.kv_head, k.shape[1] - 1)  # a port would read whatever lies behind the last head
         k, v = k[:, kv_head], v[:, kv_head]  # [S, H, hd]
+        scale = 1.0 if self.bug == "ScaleMissing" else scale
         scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0) * k.dtype.type(scale)  # [H, T, S]
         mask = slots.mask()  # [T, S]
         k, v = k[: mask.shape[1]], v[: mask.shape[1]]
@@ -111,6 +121,9 @@ class BrokenOps:
         if self.bug == "SoftmaxWithoutMaximum":
             e = np.exp(scores.astype(np.float32))  # as ports compute it, whatever the reference's precision
             return (e / np.sum(e, axis=-1, keepdims=True)).astype(scores.dtype)
+        if self.bug == "AllCutGivesNaN":
+            e = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+            return e / np.sum(e, axis=-1, keepdims=True)
         return right.softmax(scores)
 
     def activate(self, up: Array, kind: str, gate: Array | None = None) -> Array:  # [T, F], [T, F] -> [T, F]
@@ -120,6 +133,8 @@ class BrokenOps:
             kind = "gelu_tanh"
         if self.bug == "GateAndUpSwapped" and gate is not None:
             gate, up = up, gate
+        if self.bug == "ReluLosesNaN" and kind == "relu" and gate is None:
+            return np.fmax(up, 0)
         return right.activate(up, kind, gate)
 
 
@@ -170,7 +185,7 @@ class BrokenCache(KVCache):
             stop = np.maximum(stop - 1, 1).astype(np.int32)
         elif self.bug == "ChunkMaskIgnoresPast" and n > 1:
             stop = stop - np.int32(start)
-        return replace(slots, first=np.minimum(slots.first, stop - 1).astype(np.int32), stop=stop)
+        return replace(slots, ranges=Ranges(np.minimum(slots.first, stop - 1).astype(np.int32), stop))
 
 
 class RotatingCache:
@@ -231,8 +246,8 @@ class BrokenTransformer(Transformer):
 
     def _blocks(self, x: Array, call: Any) -> Array:
         for layer, block in enumerate(self.weights.blocks):
-            x = attention_sublayer(self, block, layer, x, call)  # [T, D]
-            x = mlp_sublayer(self, block, layer, x, call)  # [T, D]
+            pre, x = x, attention_sublayer(self, block, layer, x, call)  # [T, D]
+            x = mlp_sublayer(self, block, layer, x, pre if self.bug == "MlpReadsResidPre" else x, call)  # [T, D]
         return x
 
     def _embedded(self, tokens: Array, start: int) -> Array:
@@ -258,6 +273,8 @@ class BrokenTransformer(Transformer):
     def window_of(self, layer: int) -> int | None:
         if self.bug == "SlidingLayersSwapped":
             return None if self.config.sliding[layer] else self.config.window
+        if self.bug == "EveryLayerSlides":
+            return self.config.window
         return None if self.bug == "WindowIgnored" else self.config.window_of(layer)
 
     def scale_of_scores(self) -> float:
@@ -295,6 +312,7 @@ def attention_sublayer(model: BrokenTransformer, w: BlockWeights, layer: int, x:
         table = call.rotations[rope]
         q = ops.rope(q, *table, config.rope_pairs)
         k = k if bug == "KeysCachedBeforeRope" else ops.rope(k, *table, config.rope_pairs)
+        v = ops.rope(v, *table, config.rope_pairs) if bug == "ValuesRotated" else v
     if config.qk_norm and bug == "QkNormAfterRope":
         q, k = ops.rms_norm(q, w.q_norm, config.norm_eps), ops.rms_norm(k, w.k_norm, config.norm_eps)
     if bug == "KvRepeatedBeforeCaching":
@@ -315,6 +333,7 @@ def attention_sublayer(model: BrokenTransformer, w: BlockWeights, layer: int, x:
     observer.read(layer, call.start, slots, scores, weights)
     observer.state("z", layer, call.start, z)
     attn_out = ops.linear(z.reshape(len(x), -1), w.wo, w.bo)  # [T, D]
+    x = h if bug == "ResidualAfterNorm" else x
     return added(model, x, attn_out, layer, call, "attn_out", (w.attn_norm, w.attn_norm_bias), w.post_attn_norm)
 
 
@@ -325,10 +344,11 @@ def cuts_of(edges: Sequence[Any], layer: int, n_heads: int) -> Array | None:
     return np.array(rows) if rows else None
 
 
-def mlp_sublayer(model: BrokenTransformer, w: BlockWeights, layer: int, x: Array, call: Call) -> Array:
+def mlp_sublayer(model: BrokenTransformer, w: BlockWeights, layer: int, x: Array, read: Array, call: Call) -> Array:
+    """x and what the MLP makes of `read`, which is x."""
     config, ops, observer, bug = model.config, model.ops, call.observer, model.bug
     observer.state("resid_mid", layer, call.start, x)
-    h = x if bug == "NormAfterAdd" else model.norm(x, w.mlp_norm, w.mlp_norm_bias)  # [T, D]
+    h = x if bug == "NormAfterAdd" else model.norm(read, w.mlp_norm, w.mlp_norm_bias)  # [T, D]
     observer.state("ln2", layer, call.start, h)
     up = ops.linear(h, w.w_up, w.b_up)  # [T, F]
     gate = ops.linear(h, w.w_gate, w.b_gate) if config.gated_mlp else None  # [T, F]
@@ -338,6 +358,7 @@ def mlp_sublayer(model: BrokenTransformer, w: BlockWeights, layer: int, x: Array
     a = ops.activate(up, config.activation, gate)  # [T, F]
     observer.state("act", layer, call.start, a)
     mlp_out = ops.linear(a, w.w_down, w.b_down)  # [T, D]
+    x = h if bug == "ResidualAfterNorm" else x
     x = added(model, x, mlp_out, layer, call, "mlp_out", (w.mlp_norm, w.mlp_norm_bias), w.post_mlp_norm)
     last = bug == "LastStateNormed" and layer == config.n_layers - 1
     shown = model.norm(x, model.weights.final_norm, model.weights.final_norm_bias) if last else x
@@ -354,6 +375,21 @@ def added(model: BrokenTransformer, x: Array, out: Array, layer: int, call: Call
     if model.bug == "PostNormOnTheStream" and model.config.post_norms:
         return model.norm(x + out, post_norm, None)
     return model.norm(x + out, *norm) if model.bug == "NormAfterAdd" else x + out
+
+
+def numbers(bug: str) -> dict[str, Callable[..., Array]]:
+    """The functions that a bug makes otherwise, of a number."""
+    if bug != "ClampLosesNaN":
+        return {}
+
+    def exp(x: Array) -> Array:
+        return np.exp(np.fmin(np.fmax(x, -105), 89))
+
+    return {
+        "exp": exp,
+        "tanh": lambda x: np.copysign(np.where(np.isnan(x), 1 - 2 / (exp(x) + 1), np.tanh(x)), x),
+        "erf": lambda x: np.copysign(np.array([math.erf(each) for each in np.fmin(np.abs(x), 4)], x.dtype), x),
+    }
 
 
 def blocks(model: BrokenTransformer, x: Array, cache: Any, start: int, observer: Any) -> Array:  # [T, D] -> [T, D]

@@ -5,14 +5,18 @@ As in broken.py, `bug` is an exhibit's name, or "" for what is right.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import nanokv
+from nanokv.config import Rope
 from nanokv.gguf_file import FileTensor
 from nanokv.tokenizer import folder_tokenizer
 from nanokv.transformer import Transformer
@@ -32,13 +36,27 @@ def weights_as_loaded(model: Transformer, bug: str) -> Weights:
         w = np.asarray(w)
         return np.ascontiguousarray(w.T).reshape(w.shape)
 
+    def by_head(*parts: Array) -> list[Array]:
+        """The rows q, k, v of a file, taken for q, k, v of head 0, q, k, v of head 1, and so on."""
+        rows = np.concatenate([np.asarray(part) for part in parts])
+        heads = rows.reshape(config.n_heads, 3, config.head_dim, *rows.shape[1:])
+        return [np.ascontiguousarray(heads[:, i]).reshape(-1, *rows.shape[1:]) for i in range(3)]
+
     def block(w: Any) -> Any:
         if bug == "Conv1DNotTransposed" and gpt2:
             return replace(w, **{name: unturned(getattr(w, name)) for name in ("wq", "wk", "wv", "wo", "w_up", "w_down")})
         if bug == "FusedSplitWrong" and gpt2:
             return replace(w, wk=w.wv, wv=w.wk, bk=w.bv, bv=w.bk)
+        if bug == "FusedSplitByHead" and gpt2:
+            return replace(w, **{
+                f"{kind}{letter}": part
+                for kind in "wb"
+                for letter, part in zip("qkv", by_head(*(getattr(w, f"{kind}{x}") for x in "qkv")), strict=True)
+            })  # fmt: skip
         if bug == "NormsWithoutOne" and gemma:
             return replace(w, **{name: getattr(w, name) - 1 for name in _NORMS})
+        if bug == "HeadNormsWithoutOne" and gemma:
+            return replace(w, q_norm=w.q_norm - 1, k_norm=w.k_norm - 1)
         return w
 
     final_norm = weights.final_norm
@@ -50,9 +68,33 @@ def weights_as_loaded(model: Transformer, bug: str) -> Weights:
 _NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "post_attn_norm", "post_mlp_norm")
 
 
+# kind: bytes of a block, and where its halves stand.
+_HALVES = {
+    "F16": (2, (0,)), "Q8_0": (34, (0,)), "Q4_0": (18, (0,)), "Q4_1": (20, (0, 2)), "Q5_0": (22, (0,)), "Q5_1": (24, (0, 2)),
+    "Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,)),
+}  # fmt: skip
+
+
+def blocks_as_read(kind: str, data: bytes, bug: str) -> Array:
+    """The bytes of quantised blocks as a reader with this bug takes them."""
+    if kind not in _HALVES:
+        return np.frombuffer(data, np.uint8)
+    size, halves = _HALVES[kind]
+    blocks = np.frombuffer(data, np.uint8).copy().reshape(-1, size)
+    if bug == "HalfSubnormalsLost":
+        for at in halves:
+            blocks[(blocks[:, at + 1] & 0x7C) == 0, at : at + 2] = 0
+    if bug == "ScalesHighBitsLost" and kind in ("Q4_K", "Q5_K"):
+        blocks[:, 4:12] &= 63
+    if bug == "ScalesHighBitsSwapped" and kind in ("Q4_K", "Q5_K"):
+        of_scales, of_mins = blocks[:, 4:8].copy(), blocks[:, 8:12].copy()
+        blocks[:, 4:8], blocks[:, 8:12] = of_scales & 63 | of_mins & 192, of_mins & 63 | of_scales & 192
+    return blocks.reshape(-1)
+
+
 def dequantise(kind: str, data: bytes, shape: Sequence[int], bug: str) -> Array:
     """float32 of a tensor in a GGUF file's form."""
-    values = np.asarray(FileTensor("", tuple(shape), kind, np.frombuffer(data, np.uint8)))
+    values = np.asarray(FileTensor("", tuple(shape), kind, blocks_as_read(kind, data, bug)))
     if bug == "NibblesInterleaved" and kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
         # Byte j holds elements j and j + 16; taken for 2j and 2j + 1.
         values = values.reshape(-1, 2, 16).swapaxes(1, 2).reshape(shape)
@@ -154,7 +196,22 @@ class BrokenTokenizer:
 def load(path: str, bug: str, make: Any, ops: str = "numpy") -> Transformer:
     """nanokv.load, and then what the loader's bug makes of the weights."""
     model = nanokv.load(path, ops="numpy")
-    return make(model.config, weights_as_loaded(model, bug), tokenizer=model.tokenizer)
+    config = model.config
+    if bug == "RopeRampNotClamped" and config.rope is not None and config.rope.divisors is not None:
+        config = replace(config, rope=unclamped(config.rope, config.head_dim, Path(path)))
+    return make(config, weights_as_loaded(model, bug), tokenizer=model.tokenizer)
+
+
+def unclamped(rope: Rope, head_dim: int, folder: Path) -> Rope:
+    """Llama 3's RoPE where the ramp between the two bands goes on past its ends."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["rope_scaling"]
+    length, factor, low, high = (
+        settings[key] for key in ("original_max_position_embeddings", "factor", "low_freq_factor", "high_freq_factor")
+    )
+    plain = replace(rope, divisors=None)
+    ramps = [(length * each / (2 * math.pi) - low) / (high - low) for each in plain.frequencies(head_dim)]
+    object.__setattr__(plain, "divisors", tuple(1 / ((1 - m) / factor + m) for m in ramps))  # unchecked: some are negative
+    return plain
 
 
 def hash_bytes(x: Array) -> Array:

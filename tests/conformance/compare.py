@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ class Result:
     lines: list[str] = field(default_factory=list)  # the reason; the first one says it shortly
     ratio: float = 0.0  # the largest difference over its tolerance; infinite for what cannot be measured
     named: list[str] = field(default_factory=list)  # flags whose bug gives these very numbers
+    cleared: list[str] = field(default_factory=list)  # flags whose bug would break this case, which passed
+    innocent: frozenset[str] = frozenset()  # those cleared so far in the run
     rounding_only: bool = False  # wrong in bits, but within the tolerance
 
 
@@ -38,7 +41,7 @@ def judge(case: dict[str, Any], answer: Mapping[str, Any], profile: str) -> Resu
 def _judge_error(case: dict[str, Any], answer: Mapping[str, Any]) -> Result:
     wanted, got = case.get("error", ""), str(answer.get("error", ""))
     if wanted == got:
-        return Result(case, "pass")
+        return Result(case, "pass", cleared=[flag for flag, sign in case.get("flags", {}).items() if "error" in sign])
     named = [flag for flag, sign in case.get("flags", {}).items() if sign.get("error") == got]
     said = f"{got} ({answer.get('message', '')})" if got else "an answer without error"
     return Result(case, "fail", [f"expected {wanted or 'no error'}, got {said}"], math.inf, named)
@@ -56,10 +59,13 @@ def _judge_outputs(case: dict[str, Any], outputs: Mapping[str, Any], profile: st
         result = _worse(result, _judge_output(case, name, expected, outputs[name], profile))
     if given == 0:
         return Result(case, "skip", ["the answer holds none of the outputs asked for"])
-    if result.status == "fail":
-        matching = {flag: "hex" in sign for flag, sign in case.get("flags", {}).items() if _matches(case, sign, outputs)}
-        numbers = [flag for flag, in_bits in matching.items() if not in_bits and not result.rounding_only]
-        result.named = numbers or [flag for flag, in_bits in matching.items() if in_bits and profile == "exact"]
+    signs = {flag: sign for flag, sign in case.get("flags", {}).items() if profile == "exact" or "crc32" not in sign}
+    if result.status == "pass":
+        result.cleared = [flag for flag, sign in signs.items() if "error" in sign or sign.get("output") in outputs]
+        return result
+    matching = {flag: "crc32" in sign for flag, sign in signs.items() if _matches(case, sign, outputs)}
+    numbers = [flag for flag, in_bits in matching.items() if not in_bits and not result.rounding_only]
+    result.named = numbers or [flag for flag, in_bits in matching.items() if in_bits]
     return result
 
 
@@ -147,7 +153,7 @@ def _judge_plain(case: dict[str, Any], name: str, expected: Mapping[str, Any], g
 
 
 def _matches(case: Mapping[str, Any], sign: Mapping[str, Any], outputs: Mapping[str, Any]) -> bool:
-    """Whether the outputs hold what a bug puts there: `is` at the places `at` of an output, or a `length`."""
+    """Whether the outputs hold what a bug puts there: `is` at the places `at` of an output, a `length`, or bits alone."""
     if "output" not in sign or sign["output"] not in outputs:
         return "missing" in sign
     if "and" in sign and sign["and"]["output"] in outputs and not _matches(case, sign["and"], outputs):
@@ -163,13 +169,13 @@ def _matches(case: Mapping[str, Any], sign: Mapping[str, Any], outputs: Mapping[
         return False
     if "length" in sign:
         return len(got) == int(sign["length"])
+    if "crc32" in sign:
+        return crc_of_bits(got) == sign["crc32"]
     if max(sign["at"], default=0) >= len(got):
         return False
     values = [got[i] for i in sign["at"]]
     if "f32" not in expected:
         return values == sign["is"]
-    if "hex" in sign:
-        return [_bits(x) for x in values] == [int(word, 16) for word in _words(sign["hex"])]
     atol, rtol = case["tol"]
     return all(_ratio(a, float(b), atol, rtol) <= 1 for a, b in zip(values, sign["is"], strict=True))
 
@@ -208,6 +214,12 @@ def _bits(x: float) -> int:
     except OverflowError:  # beyond float32
         return 0x7F800000 if x > 0 else 0xFF800000
     return bits
+
+
+def crc_of_bits(numbers: Numbers) -> str:
+    """CRC-32 of float32 numbers, every NaN being 7fc00000."""
+    words = [0x7FC00000 if math.isnan(x) else _bits(x) for x in numbers]
+    return f"{zlib.crc32(struct.pack(f'<{len(words)}I', *words)):08x}"
 
 
 def _is_nan(bits: int) -> bool:

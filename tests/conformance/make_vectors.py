@@ -30,7 +30,7 @@ from making.models import write_models  # noqa: E402
 from making.mutants import BUGS  # noqa: E402
 from making.rules import unmatched  # noqa: E402
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 FOLDERS = {1: "level1_ops", 2: "level2_block", 3: "level3_run", 4: "level4_trace", 5: "level5_text", "invalid": "invalid"}
 LIMIT = 2 << 20  # bytes of everything that is made
 

@@ -28,6 +28,7 @@ void check_config(Config *p, Arena *arena) {
     require(p->n_heads % p->n_kv_heads == 0, "n_heads must be a multiple of n_kv_heads");
     require(p->norm_eps >= 0 && p->norm_eps < INFINITY, "norm_eps must not be negative");
     require(isfinite(p->embed_scale), "embed_scale must be a finite number");
+    require(!p->post_norms || p->norm == RMS, "post_norms are RMS norms, and norm is another");
     if (!p->attn_scale) p->attn_scale = 1 / sqrt(p->head_dim);
     require(positive(p->attn_scale), "attn_scale must be above 0");
     if (!p->sliding) p->sliding = take(arena, (size_t)p->n_layers, sizeof(bool));
@@ -89,12 +90,16 @@ Config config_of_json(const Json *json, Arena *arena) {
         "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size", "n_ctx", "norm", "norm_eps", "rope",
         "rope_pairs", "learned_positions", "activation", "gated_mlp", "attn_scale", "embed_scale", "window", "sliding",
         "rope_local", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "post_norms", "tied_head"};
+    static const char *const nullable[] = {"rope", "rope_local", "window", "attn_scale"};
     static const char *const norms[] = {"rms", "layer", "none"}, *const pairs[] = {"halves", "neighbours"};
     static const char *const activations[] = {"silu", "gelu_tanh", "gelu", "relu"};
     for (const Json *entry = json->items; entry; entry = entry->next) {
         bool found = false;
         for (size_t i = 0; i < sizeof known / sizeof *known; i++) found |= strcmp(entry->key, known[i]) == 0;
         if (!found) fail("ConfigError", "%s is unknown", entry->key);
+        found = entry->kind != J_NULL;
+        for (size_t i = 0; i < sizeof nullable / sizeof *nullable; i++) found |= strcmp(entry->key, nullable[i]) == 0;
+        if (!found) fail("ConfigError", "%s is null", entry->key);
     }
     require(member(json, "d_ff"), "d_ff is missing");
     require(!member(json, "window") || as_whole(json, "window") > 0, "window must be above 0");
@@ -145,7 +150,7 @@ static Rope rope_of_hf(const Json *json, const char *layer_type, const char *bas
     bool full = strcmp(layer_type, "full_attention") == 0, in_said = member(said, "rope_theta") != NULL;
     Rope rope = {.base = number_or(in_said ? said : json, in_said ? "rope_theta" : base_key, otherwise)};
     const Json *scaling = said ? said : full ? member(json, "rope_scaling") : NULL;
-    const char *kind = text_of(member(scaling, "rope_type"));
+    const char *kind = text_of(member(scaling, member(scaling, "rope_type") ? "rope_type" : "type"));
     if (!kind || strcmp(kind, "default") == 0) return rope;
     bool linear_ = strcmp(kind, "linear") == 0;
     require(linear_ || strcmp(kind, "llama3") == 0, "this scaling of RoPE is not implemented");
@@ -161,11 +166,30 @@ static Rope rope_of_hf(const Json *json, const char *layer_type, const char *bas
     return rope;
 }
 
+/* Settings that would change what is computed. */
+static void refuse(const Json *json) {
+    static const char *const null[] = {"attn_logit_softcapping", "final_logit_softcapping", "quantization_config"};
+    static const char *const off[] = {"use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
+                                      "is_encoder_decoder", "use_sliding_window"};
+    for (size_t i = 0; i < sizeof null / sizeof *null; i++)
+        if (member(json, null[i])) fail("ConfigError", "%s is not implemented", null[i]);
+    for (size_t i = 0; i < sizeof off / sizeof *off; i++)
+        if (flag_or(json, off[i], false)) fail("ConfigError", "%s is not implemented", off[i]);
+    require(flag_or(json, "scale_attn_weights", true), "scores without a scale are not implemented");
+    require(number_or(json, "partial_rotary_factor", 1) == 1, "RoPE on a part of a head is not implemented");
+    require(!whole_or(json, "num_experts", 0) && !whole_or(json, "num_local_experts", 0), "experts are not implemented");
+}
+
+static Activation activation_of_hf(const Json *json, const char *key, Activation otherwise) {
+    static const char *const names[] = {"silu", "swish", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu"};
+    static const Activation meant[] = {SILU, SILU, GELU_TANH, GELU_TANH, GELU, RELU};
+    return member(json, key) ? meant[choice(json, key, names, 6)] : otherwise;
+}
+
 Config config_of_hf(const Json *json, const char *family, Arena *arena) {
-    static const char *const activations[] = {"silu", "gelu_pytorch_tanh", "gelu_new", "gelu"};
-    static const Activation meant[] = {SILU, GELU_TANH, GELU_TANH, GELU};
     bool gemma = strcmp(family, "gemma3_text") == 0, qwen2 = strcmp(family, "qwen2") == 0, qwen3 = strcmp(family, "qwen3") == 0;
     Config p = {.embed_scale = 1};
+    refuse(json);
     if (strcmp(family, "gpt2") == 0) {
         p = (Config){.n_layers = as_whole(json, "n_layer"),
                      .n_heads = as_whole(json, "n_head"),
@@ -176,7 +200,7 @@ Config config_of_hf(const Json *json, const char *family, Arena *arena) {
                      .norm = LAYER,
                      .norm_eps = number_or(json, "layer_norm_epsilon", 1e-5),
                      .learned_positions = true,
-                     .activation = GELU_TANH,
+                     .activation = activation_of_hf(json, "activation_function", GELU_TANH),
                      .embed_scale = 1,
                      .qkv_bias = true,
                      .out_bias = true,
@@ -190,26 +214,29 @@ Config config_of_hf(const Json *json, const char *family, Arena *arena) {
     require(gemma || qwen2 || qwen3 || strcmp(family, "llama") == 0, "this model_type is not implemented");
     p.n_layers = as_whole(json, "num_hidden_layers"), p.n_heads = as_whole(json, "num_attention_heads");
     p.n_kv_heads = whole_or(json, "num_key_value_heads", p.n_heads), p.d_model = as_whole(json, "hidden_size");
-    p.head_dim = whole_or(json, "head_dim", qwen3 ? 128 : p.n_heads > 0 ? p.d_model / p.n_heads : 0);
+    p.head_dim = whole_or(json, "head_dim", gemma ? 256 : qwen3 ? 128 : p.n_heads > 0 ? p.d_model / p.n_heads : 0);
     p.d_ff = as_whole(json, "intermediate_size"), p.vocab_size = as_whole(json, "vocab_size");
     p.n_ctx = as_whole(json, "max_position_embeddings"), p.norm_eps = number_or(json, "rms_norm_eps", 1e-6);
-    p.activation = gemma ? GELU_TANH : meant[choice(json, "hidden_act", activations, 4)];
+    p.activation = activation_of_hf(json, gemma ? "hidden_activation" : "hidden_act", gemma ? GELU_TANH : SILU);
     p.gated_mlp = true, p.qkv_bias = qwen2 || flag_or(json, "attention_bias", false),
     p.out_bias = flag_or(json, "attention_bias", false) && !qwen2;
     p.mlp_bias = flag_or(json, "mlp_bias", false), p.qk_norm = qwen3 || gemma, p.post_norms = gemma;
     p.tied_head = flag_or(json, "tie_word_embeddings", gemma);
     p.rope = rope_of_hf(json, "full_attention", "rope_theta", gemma ? 1e6 : 1e4, p.head_dim, arena);
-    require(!flag_or(json, "use_sliding_window", false), "sliding windows of this family are not implemented");
     if (gemma) {
         const Json *types = member(json, "layer_types");
-        require(types && types->kind == J_LIST && types->count == p.n_layers, "layer_types must have an entry for each layer");
+        require(!types || (types->kind == J_LIST && types->count == p.n_layers),
+                "layer_types must have an entry for each layer");
+        require(p.n_layers > 0, "a size is missing, or not above 0");
         p.sliding = take(arena, (size_t)p.n_layers, sizeof(bool));
-        int l = 0;
-        for (const Json *t = types->items; t; t = t->next)
+        int l = 0, pattern = whole_or(json, "sliding_window_pattern", 6);
+        require(types || pattern > 0, "sliding_window_pattern must be above 0");
+        for (const Json *t = types ? types->items : NULL; t; t = t->next)
             p.sliding[l++] = text_of(t) && strcmp(t->text, "sliding_attention") == 0;
-        p.window = as_whole(json, "sliding_window");
+        for (; l < p.n_layers; l++) p.sliding[l] = (l + 1) % pattern != 0;
+        p.window = whole_or(json, "sliding_window", 4096);
         p.rope_local = rope_of_hf(json, "sliding_attention", "rope_local_base_freq", 1e4, p.head_dim, arena);
-        p.attn_scale = pow(number_or(json, "query_pre_attn_scalar", p.head_dim), -0.5);
+        p.attn_scale = pow(number_or(json, "query_pre_attn_scalar", 256), -0.5);
         p.embed_scale = sqrt(p.d_model);
     }
     check_config(&p, arena);
@@ -226,6 +253,12 @@ static double pair_or(const File *file, const char *format, const char *arch, do
 Config config_of_gguf(const File *file, const char *arch, Arena *arena) {
     bool gpt2 = strcmp(arch, "gpt2") == 0, llama = strcmp(arch, "llama") == 0, qwen3 = strcmp(arch, "qwen3") == 0;
     require(gpt2 || llama || qwen3 || strcmp(arch, "qwen2") == 0, "this architecture is not implemented");
+    static const char *const off[] = {"%s.expert_count", "%s.attn_logit_softcapping", "%s.final_logit_softcapping",
+                                      "%s.attention.scale", "%s.attention.sliding_window", "%s.rope.scaling.factor",
+                                      "%s.rope.scale_linear", "%s.use_parallel_residual"};
+    for (size_t i = 0; i < sizeof off / sizeof *off; i++)
+        if (pair_or(file, off[i], arch, 0)) fail("ConfigError", off[i], arch);
+    require(pair_or(file, "%s.attention.causal", arch, 1), "attention that is not causal is not implemented");
     const Tensor *embed = tensor_named(file, "token_embd.weight"), *divisors = tensor_named(file, "rope_freqs.weight");
     Config p = {.n_layers = (int)pair_or(file, "%s.block_count", arch, 0),
                 .n_heads = (int)pair_or(file, "%s.attention.head_count", arch, 0),

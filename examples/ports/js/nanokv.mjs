@@ -126,8 +126,28 @@ export function layerNorm(x, w, b, eps) { // M2
   return c.map((value, i) => f(f(value * r) * w[i]) + b[i]);
 }
 
+const halved = (x) => { const up = 134217729 * x, high = up - (up - x); return [high, x - high]; }; // 26 bits and the rest
+
+function lost(a, b, product) { // a·b - product, exactly: what float64's fma would give (Dekker 1971)
+  const [a1, a2] = halved(a), [b1, b2] = halved(b);
+  return a2 * b2 - (product - a1 * b1 - a2 * b1 - a1 * b2);
+}
+
+function frequency(base, i, hd) { // R1: the float64 nearest to base^(-2i/hd); pow is off by a unit at times
+  const y = base ** ((-2 * i) / hd);
+  let ys = hd, bases = 2 * i, p = 1, low = 0;
+  while (ys + bases > 0) {
+    const takeY = bases === 0 || (ys > 0 && p >= 1 === y <= 1), factor = takeY ? y : base;
+    takeY ? ys-- : bases--;
+    const t = p * factor, e = lost(p, factor, t) + low * factor;
+    p = t + e;
+    low = e - (p - t);
+  }
+  return y - (y * (p - 1 + low)) / hd;
+}
+
 export function ropeTable(rope, hd, position) { // R1: cos and sin, [P]
-  const frequencies = Array.from({ length: hd / 2 }, (_, i) => rope.base ** ((-2 * i) / hd) / (rope.divisors?.[i] ?? 1));
+  const frequencies = Array.from({ length: hd / 2 }, (_, i) => frequency(rope.base, i, hd) / (rope.divisors?.[i] ?? 1));
   return [Math.cos, Math.sin].map((g) => Float32Array.from(frequencies, (frequency) => g(position * frequency)));
 }
 

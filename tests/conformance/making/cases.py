@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-SINCE = "1.0.0"
+SINCE = "1.0.0"  # the version that brought all cases that say nothing else
 OPERATIONS = [2e-6, 1e-5]  # atol, rtol of one operation: sums over fewer than a hundred numbers of size one
 RUNS = [3e-5, 3e-5]  # of blocks and runs of the small models: five times the largest error of the kernels and of NumPy
 
@@ -19,6 +19,7 @@ def case(
     comment: str = "",
     *,
     tol: Sequence[float] = OPERATIONS,
+    since: str = SINCE,
     want: Sequence[str] = (),
     optional: Sequence[str] = (),
     **more: Any,
@@ -26,9 +27,10 @@ def case(
     """A case without its expected values. Its rules are those of SPEC.md that name it.
 
     want: the outputs to ask for, where a request must name them. optional: those that a port may leave out.
+    since: the version of the suite that brought it.
     more: error, profiles, inexact (outputs that are compared within the tolerance in either profile).
     """
-    made: dict[str, Any] = {"id": id_, "since": SINCE, "rules": [], "comment": comment, "op": op}
+    made: dict[str, Any] = {"id": id_, "since": since, "rules": [], "comment": comment, "op": op}
     made |= {"inputs": {name: as_input(value) for name, value in inputs.items()}, "tol": list(tol)}
     made |= {"want": list(want), "optional": list(optional), **more}
     return made

@@ -75,6 +75,15 @@ def configs() -> Cases:
         ("unknown_field", {"n_experts": 8}, "what a port doesn't know it must not ignore"),
     ):
         made.append(case(f"invalid/config_{name}", "check_config", {"config": good | change}, comment, error="ConfigError"))
+    for name, change, comment in (
+        ("null_for_a_number", {"norm_eps": None}, ""),
+        ("null_for_a_name", {"activation": None}, ""),
+        ("null_for_a_size", {"head_dim": None}, ""),
+        ("post_norms_of_layer", {"norm": "layer", "post_norms": True}, "post-norms are RMS norms"),
+        ("post_norms_of_none", {"norm": "none", "post_norms": True}, "post-norms are RMS norms"),
+    ):
+        made.append(case(f"invalid/config_{name}", "check_config", {"config": good | change}, comment, error="ConfigError",
+                         since="2.0.0"))  # fmt: skip
     missing = {key: value for key, value in good.items() if key != "vocab_size"}
     made.append(case("invalid/config_missing_field", "check_config", {"config": missing}, error="ConfigError"))
     return made

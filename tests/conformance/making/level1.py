@@ -128,6 +128,9 @@ def rope() -> Cases:
         ("divisors", {"base": 50.0, "head_dim": 8, "start": 5, "n": 2, "divisors": [1.0, 1.5, 3.0, 4.0]}, "a divisor a pair"),
     ):  # fmt: skip
         made.append(case(f"rope_table/{name}", "rope_table", inputs, comment, tol=[2e-7, 1e-6]))
+    made.append(case("rope_table/nearest", "rope_table", {"base": 10000.0, "head_dim": 96, "start": 1721, "n": 1},
+                     "pow of float64 gives a frequency here that is off by a unit, and an entry off by a bit",
+                     tol=[2e-7, 1e-6], since="2.0.0"))  # fmt: skip
     x = normal("rope x", 3, 2, 8)
     for pairs in ("halves", "neighbours"):
         for name, start in (("first_positions", 0), ("later", 17)):
@@ -140,13 +143,14 @@ def rope() -> Cases:
 
 def activations() -> Cases:
     x = np.concatenate([np.linspace(-6, 6, 25), [-100, 100, -0.0, 0.3, 1e-4]]).astype(np.float32)[None]
-    gate = normal("gate", *x.shape, scale=2.0)
+    gate, ends = normal("gate", *x.shape, scale=2.0), f32(np.nan, -0.0, 0.0, -np.inf, np.inf, 1e-42, -1e-42)[None]
     made = [case(f"activate/{kind}", "activate", {"kind": kind, "up": x})
             for kind in ("silu", "gelu_tanh", "gelu", "relu")]  # fmt: skip
     made[1]["comment"] = made[2]["comment"] = "the two formulas of GELU are at most 4.7e-4 apart"
     made += [
         case("activate/silu_gated", "activate", {"kind": "silu", "up": x, "gate": gate}, "act(gate) * up"),
         case("activate/gelu_gated", "activate", {"kind": "gelu_tanh", "up": x, "gate": gate}),
+        case("activate/relu_ends", "activate", {"kind": "relu", "up": ends}, "NaN stays NaN, -0 becomes 0", since="2.0.0"),
     ]
     return made
 
@@ -161,6 +165,8 @@ def attention() -> Cases:
     hot["q"] = hot["q"] * np.float32(100)
     planted = inputs("planted", 3, 3, 2, 1, 4)
     planted["v"][2], planted["k"][2] = np.inf, np.nan
+    infinite = inputs("infinite", 2, 4, 2, 1, 4)
+    infinite["v"][1] = np.inf
     return [
         case("attention/one_slot", "attention", inputs("one", 1, 1, 2, 2, 4), "a weight of exactly 1"),
         case("attention/prompt", "attention", inputs("prompt", 4, 4, 3, 1, 5)),
@@ -176,6 +182,12 @@ def attention() -> Cases:
              "cut edges have the score -inf and the weight 0", optional=["scores", "pattern", "z"]),
         case("attention/all_cut", "attention", inputs("all cut", 1, 2, 1, 1, 4, cuts=[[0, 1, 0], [0, 1, 1]]),
              "a head that reads nothing gives 0, not NaN", optional=["scores", "pattern", "z"]),
+        case("attention/cuts_unordered", "attention",
+             shared | {"cuts": [[4, 4, 3], [0, 3, 1], [4, 4, 1], [4, 4, 3], [4, 4, 0]]},
+             "cuts in any order, and one twice", optional=["scores", "pattern", "z"], since="2.0.0"),
+        case("attention/cut_infinity", "attention", infinite | {"cuts": [[0, 2, 1], [0, 3, 1], [1, 2, 1], [1, 3, 1]]},
+             "a cut edge is left out: 0 times infinity would be NaN", optional=["scores", "pattern", "z"], profiles=["exact"],
+             since="2.0.0"),
         case("attention/masked_infinity", "attention", planted,
              "what later slots hold, NaN and infinity, must not reach earlier positions", profiles=["exact"]),
     ]  # fmt: skip

@@ -39,6 +39,7 @@ def mutant(bug: str, dtype: Any = np.float32) -> Port:
             dequantise=lambda kind, data, shape: broken_files.dequantise(kind, data, shape, bug),
             sampling=broken_files.Sampling(bug),
             tokenizer=lambda folder: broken_files.BrokenTokenizer(folder, bug),
+            numbers=lambda: Parts().numbers() | broken.numbers(bug),
             hash_words=broken_files.hash_bytes if bug == "HashOverBytes" else Parts().hash_words,
             dtype=dtype,
         )
