@@ -7,8 +7,8 @@ thought". A fairer word for the stack: another program, which joins halves inste
 in layers.
 """
 
-from lab import Array, Lab, Verdict, main, states  # isort: skip
-from itertools import permutations
+from lab import Array, Lab, Verdict, main, permutation_group, states  # isort: skip
+from itertools import accumulate
 
 import numpy as np
 from figures import Grid, figure
@@ -27,14 +27,10 @@ ADDS = "02 shows what can be reached; this, what it costs to think a thought of 
 PAPERS = ("mozer", "merrill23", "chiang", "merrill24", "li24", "liguo")
 
 
-def truth(model: Transformer, moves: Array, n: int) -> Array:
+def truth(moves: Array, n: int) -> Array:
     """The number of the permutation after each position, by multiplying permutations."""
-    perms, now, found = list(permutations(range(n))), tuple(range(n)), []
-    for move in moves:
-        by = {0: tuple(range(n)), 1: (1, 0, *range(2, n)), 2: (*range(1, n), 0)}[int(move)]
-        now = tuple(now[i] for i in by)
-        found.append(perms.index(now))
-    return np.array(found)
+    tokens, products = permutation_group(n)
+    return np.array(list(accumulate(tokens[moves], lambda now, by: products[now, by])))
 
 
 def known(model: Transformer, moves: Array, true: Array, size: int) -> tuple[Array, Array]:
@@ -55,31 +51,27 @@ def written_out(model: Transformer, moves: Array) -> Array:
 
 def scan(n: int, n_layers: int, n_ctx: int) -> Transformer:
     """The same answers by doubling: layer l reads position t - 2^l and multiplies what stands there with its own."""
-    perms = list(permutations(range(n)))
-    s, index = len(perms), {perm: i for i, perm in enumerate(perms)}
-    times = np.array([[index[tuple(a[i] for i in b)] for b in perms] for a in perms])  # first a, then b
-    d, f = 2 * s + n_ctx, s * s + 2 * s
-    config = Config(n_layers, 1, 1, max(n_ctx, s), d, f, 3, n_ctx, norm="none", learned_positions=True, attn_scale=1.0,
+    tokens, products = permutation_group(n)
+    s = len(products)
+    hd, d, f = max(n_ctx, s), 2 * s + n_ctx, s * s + 2 * s
+    config = Config(n_layers, 1, 1, hd, d, f, 3, n_ctx, norm="none", learned_positions=True, attn_scale=1.0,
                     gated_mlp=False, activation="relu", mlp_bias=True, tied_head=False)  # fmt: skip
     a, b = np.divmod(np.arange(s * s), s)
-    up, down, bias = np.zeros((f, d), np.float32), np.zeros((d, f), np.float32), np.zeros(f, np.float32)
+    up, bias = np.eye(f, d, -s * s, np.float32), np.zeros(f, np.float32)  # the last 2 s units hold both factors
+    down = -up.T  # and erase them
     up[np.arange(s * s), s + a] = up[np.arange(s * s), b] = 1  # before it a, and itself b
     bias[: s * s] = -1
-    down[times[a, b], np.arange(s * s)] = 1
-    up[s * s :, : 2 * s] = np.eye(2 * s)
-    down[: 2 * s, s * s :] = -np.eye(2 * s)  # and erase both
+    down[products[a, b], np.arange(s * s)] = 1
+    wk, wv, wo = np.eye(hd, d, 2 * s, np.float32), np.zeros((hd, d), np.float32), np.zeros((d, hd), np.float32)
+    wv[:s, :s], wo[s : 2 * s, :s] = np.eye(s), np.eye(s)
     blocks = []
     for layer in range(n_layers):
-        wq, wk, wv, wo = (np.zeros(size, np.float32) for size in ((config.head_dim, d),) * 3 + ((d, config.head_dim),))
-        for t in range(n_ctx):
-            wq[max(t - 2**layer, 0), 2 * s + t], wk[t, 2 * s + t] = GAP, 1
-        wv[:s, :s], wo[s : 2 * s, :s] = np.eye(s), np.eye(s)
-        blocks.append(BlockWeights(wq, wk, wv, wo, up, down, b_up=bias, b_down=np.zeros(d, np.float32)))
-    embed, head, pos = np.zeros((3, d), np.float32), np.zeros((3, d), np.float32), np.zeros((n_ctx, d), np.float32)
-    for token, perm in enumerate((tuple(range(n)), (1, 0, *range(2, n)), (*range(1, n), 0))):
-        embed[token, index[perm]] = 1
-    pos[:, 2 * s :] = np.eye(n_ctx)
-    return Transformer(config, Weights(embed=embed, blocks=tuple(blocks), head=head, pos_embed=pos), ops="numpy", name="scan")
+        wq = np.eye(hd, d, 2 * s + 2**layer, np.float32)  # position t asks for t - 2^layer
+        wq[0, 2 * s : 2 * s + 2**layer] = 1  # or for 0
+        blocks.append(BlockWeights(GAP * wq, wk, wv, wo, up, down, b_up=bias, b_down=np.zeros(d, np.float32)))
+    embed, pos = np.eye(d, dtype=np.float32)[tokens], np.eye(n_ctx, d, 2 * s, np.float32)
+    weights = Weights(embed=embed, blocks=tuple(blocks), head=np.zeros_like(embed), pos_embed=pos)
+    return Transformer(config, weights, ops="numpy", name="scan")
 
 
 def recorded(lab: Lab, model: Transformer, moves: Array, suffix: str, caption: str) -> None:
@@ -88,9 +80,8 @@ def recorded(lab: Lab, model: Transformer, moves: Array, suffix: str, caption: s
     model.forward(moves, observer=recorder)
     flow = recorder.trace.flow(model, measure="target").prune(0.95)
     rises = 0 if isinstance(model, FeedbackTransformer) else 1
-    edges = [(rises * pos, pos + 1, pos) for pos in range(len(moves) - 1)]
-    found = flow.edges[flow.crossing][["layer", "dst", "src"]]
-    lab.check(sorted(found.tolist(), key=lambda edge: edge[1]) == edges, caption[:-1])
+    edges = [(pos + 1, pos, rises * pos) for pos in range(len(moves) - 1)]
+    lab.check(sorted(flow.edges[flow.crossing][["dst", "src", "layer"]].tolist()) == edges, caption[:-1])
     lab.draw(flow, caption, suffix)
 
 
@@ -102,7 +93,7 @@ def run(lab: Lab) -> Verdict:
     random, good, pictures = np.random.default_rng(0), np.zeros(4, int), {}
     for _ in range(sequences):
         moves = np.concatenate([[0], random.integers(1, 3, length - 1)])
-        true, small = truth(stack, moves, 5), truth(doubling, moves, 3)
+        true, small = truth(moves, 5), truth(moves, 3)
         right, zero = known(stack, moves, true, 120)
         line, _ = known(fed, moves, true, 120)
         double, _ = known(doubling, moves, small, 6)

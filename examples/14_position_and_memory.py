@@ -8,7 +8,7 @@ Controls: the same positions shuffled within each text, and layer 0, which is no
 and all is also measured after the norm, where no outlier can dominate.
 """
 
-from lab import Array, Lab, Verdict, documents, interval, log_softmax, main, ranged, spearman, watched  # isort: skip
+from lab import Array, Lab, Verdict, documents, interval, log_softmax, main, normed, ranged, spearman, watched  # isort: skip
 import numpy as np
 from figures import Curves, figure
 
@@ -33,10 +33,6 @@ def gathered(texts: Array, layers: list[int]) -> tuple[Array, Array]:
     return np.stack(kept, axis=1), np.stack(surprise)
 
 
-def normed(h: Array) -> Array:
-    return h / np.sqrt((h * h).mean(axis=-1, keepdims=True))
-
-
 def variance(h: Array, tokens: Array) -> tuple[float, float, float, float, float]:
     """Shares of position, text and rest of the variance of h [C, T, D], the error of their sum, and the share of the token."""
     h = h.astype(np.float64)
@@ -49,34 +45,27 @@ def variance(h: Array, tokens: Array) -> tuple[float, float, float, float, float
     sums = np.zeros((len(counts), h.shape[-1]))
     np.add.at(sums, group.ravel(), (h - mean).reshape(-1, h.shape[-1]))
     between = ((sums**2).sum(axis=1) / counts).sum() / whole
-    groups, n = len(counts), h.shape[0] * h.shape[1]
-    honest = 1 - (1 - between) * (n - 1) / (n - groups)  # means over few tokens fit noise: adjusted for their number
+    honest = 1 - (1 - between) * (tokens.size - 1) / (tokens.size - len(counts))  # adjusted: means of few tokens fit noise
     return (*parts, abs(parts.sum() - 1), honest)
 
 
 def centred(h: Array) -> Array:
     """Without mean and position part; float64."""
-    h = h.astype(np.float64)
-    return h - h.mean(axis=0)
+    return h - h.mean(axis=0, dtype=np.float64)
 
 
 def slow(fit: Array, test: Array) -> tuple[float, float, float, Array]:
     """Neighbours' correlation, shares of variance in slow and slower directions, the slow ones [D, n]; of the test texts."""
     a, b = centred(fit), centred(test)
     rows = a.reshape(-1, a.shape[-1])
-    basis = np.linalg.eigh(rows.T @ rows)[1][:, -DIMENSIONS:]
-    x = a @ basis
-    flat = x.reshape(-1, x.shape[-1])
-    values, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
-    white = basis @ (vectors / np.sqrt(values))  # directions in which the fitted texts have variance 1
-    step = np.diff(a @ white, axis=1).reshape(-1, white.shape[1])
-    _, turned = np.linalg.eigh(step.T @ step / len(step))
-    directions = white @ turned
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    white = vectors[:, -DIMENSIONS:] / np.sqrt(values[-DIMENSIONS:])  # in these the fitted texts have variance 1
+    step = np.diff(a @ white, axis=1).reshape(-1, DIMENSIONS)
+    directions = white @ np.linalg.eigh(step.T @ step)[1]  # from the slowest on
     y = b @ directions
     pace = (np.diff(y, axis=1) ** 2).mean(axis=(0, 1)) / (y**2).mean(axis=(0, 1))  # 0 frozen, 2 white
     bases = [np.linalg.qr(directions[:, pace < limit])[0] for limit in (SLOW, SLOWER)]
-    flat = b.reshape(-1, b.shape[-1])
-    shares = [float(((flat @ basis) ** 2).sum() / (flat**2).sum()) for basis in bases]
+    shares = [float(((b @ basis) ** 2).sum() / (b**2).sum()) for basis in bases]
     rho = (b[:, 1:] * b[:, :-1]).sum() / (b**2).sum() * b.shape[1] / (b.shape[1] - 1)
     return float(rho), *shares, bases[0]
 
@@ -117,14 +106,12 @@ def run(lab: Lab) -> Verdict:
               "a part of the states changes slowly, more than shuffled, and more than of the tokens themselves")  # fmt: skip
     link = interval(found[middle][2])
     lab.table(f"Layer {layers[middle]}: does the slow part move more where the text surprises?",
-              ("texts", "rank correlation of surprise and move, mean [95%]"),
-              [[len(found[middle][2]), ranged(link)]])  # fmt: skip
+              ("texts", "rank correlation of surprise and move, mean [95%]"), [[len(found[middle][2]), ranged(link)]])
     names = ((1, "position"), (2, "text"), (4, "token (adjusted)"), (7, "slow directions"), (8, "slow directions, shuffled"))
     lines = [(name, layers, numbers[:, column]) for column, name in names]
+    pairs = [("correlation", layers, numbers[:, 5]), ("shuffled within the text", layers, numbers[:, 6])]
     lab.draw(figure([Curves("Parts of the states after the norm", lines, "layer", "share of the variance", limits=(0, 1)),
-                     Curves("Neighbouring positions",
-                            [("correlation", layers, numbers[:, 5]), ("shuffled within the text", layers, numbers[:, 6])],
-                            "layer", "correlation")]),
+                     Curves("Neighbouring positions", pairs, "layer", "correlation")]),
              "The parts overlap (a slow direction can hold some of the text's part), so that they do not add up; position, "
              "text and rest do.")  # fmt: skip
     slowly, shuffled, words, own = (float(x) for x in (*numbers[middle, [7, 8]], numbers[0, 7], numbers[middle, 4]))
@@ -133,7 +120,7 @@ def run(lab: Lab) -> Verdict:
         f"Yes, both parts can be seen, but the slow one is the smaller: of the variance at layer {layers[middle]} {slowly:.0%} "
         f"changes slowly (shuffled {shuffled:.0%}, at the tokens themselves {words:.0%}), the token has {own:.0%} (layer 0: "
         f"{numbers[0, 4]:.0%}) and the position's number {numbers[middle, 1]:.0%}. The slow part's moves and the token's "
-        f"surprise have rank correlation {link[0]:.2f} [{link[1]:.2f}, {link[2]:.2f}].",
+        f"surprise have rank correlation {ranged(link, '.2f')}.",
         anew=f"of the variance at layer {layers[middle]} {own:.0%} is the token's own, and {slowly:.0%} changes slowly",
         builds=f"slow are {slowly:.0%}, more than if shuffled ({shuffled:.0%}) or in the words themselves ({words:.0%})",
     )

@@ -29,26 +29,19 @@ CAPITALS = {
 }  # fmt: skip
 
 
-def by_hand() -> list[list[object]]:
-    """The induction model on [0 3 7 5 9 3]: what it says when the entry of position 2 in layer 1 comes from another text."""
-    model, ids = induction(12, 24), [0, 3, 7, 5, 9, 3]
-    caches = {}
-    for name, text in (("own", ids), ("other word", [0, 3, 8, 5, 9, 3]), ("other predecessor", [0, 4, 7, 5, 9, 3])):
-        caches[name] = model.new_cache()
-        model.forward(text[:-1], caches[name])
-    rows = []
-    value, key = caches["other word"].values(1)[2], caches["other predecessor"].keys(1)[2]
-    for name, edit in (("nothing", None), ("its value, from a text with 8 there", Replace(1, 2, v=value)),
-                       ("its key, from a text with 4 before it", Replace(1, 2, k=key))):  # fmt: skip
-        logits = model.forward(ids[-1:], caches["own"].copy(), edits=[edit] if edit else [])[-1]
-        rows.append([name, int(logits.argmax())])
-    return rows
-
-
 def prefilled(model: Transformer, tokens: list[int]) -> KVCache:
     cache = model.new_cache()
     model.forward(tokens[:-1], cache)
     return cache
+
+
+def by_hand() -> list[list[object]]:
+    """The induction model on [0 3 7 5 9 3]: what it says when the entry of position 2 in layer 1 comes from another text."""
+    model, ids = induction(12, 24), [0, 3, 7, 5, 9, 3]
+    own, word, before = (prefilled(model, text) for text in (ids, [0, 3, 8, 5, 9, 3], [0, 4, 7, 5, 9, 3]))
+    edits = {"nothing": [], "its value, from a text with 8 there": [Replace(1, 2, v=word.values(1)[2])],
+             "its key, from a text with 4 before it": [Replace(1, 2, k=before.keys(1)[2])]}  # fmt: skip
+    return [[name, int(model.forward(ids[-1:], own.copy(), edits=edit)[-1].argmax())] for name, edit in edits.items()]
 
 
 def moved(model: Transformer, a: list[int], b: list[int], said_a: int, said_b: int) -> tuple[Array, float, float]:
@@ -121,12 +114,11 @@ def run(lab: Lab) -> Verdict:
     known = [(text, said) for text, said in facts if model.forward(text, last_logits_only=True)[-1].argmax() == said]
     grid, rank = transplanted(lab, model, known), refined(lab, model, known)
     last, country = (np.array([interval(column) for column in np.log10(1 + rank[:, :, pos]).T]) for pos in (-1, 3))
+    lines = [("at the last token", range(31), *last.T), ("at the country", range(31), *country.T)]
     windows = [f"{3 * i}–{3 * i + WINDOW - 1}" for i in range(len(grid))]
     lab.draw(figure([Grid("Transplanted: how far the answer moves", grid, "", "layers", columns=words(model, known),
                           rows=windows, cell=34, marks=np.vectorize("{:.2f}".format)(np.round(grid, 2) + 0.0)),
-                     Curves("Rank of the answer",
-                            [("at the last token", range(31), *last.T), ("at the country", range(31), *country.T)], "layer",
-                            "log10 of 1 + rank")]),
+                     Curves("Rank of the answer", lines, "layer", "log10 of 1 + rank")]),
              "Left: where in the cache the country's capital can be changed. Right: where the answer forms (mean and 95% "
              "interval).")  # fmt: skip
     best = int(grid[:, 3].argmax())

@@ -5,10 +5,9 @@ so far have made. Forward and backward are in training.py; the gradients are com
 data, same number of steps, several seeds, all shown. How far does each go before it must guess (1 in 6)?
 """
 
-from lab import Array, Lab, Verdict, main  # isort: skip
+from lab import Array, Lab, Verdict, main, permutation_group  # isort: skip
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import permutations
 from multiprocessing import get_context
 
 import numpy as np
@@ -23,8 +22,8 @@ THREAD = (
 )
 ADDS = "06 with learning: not what can be written by hand, but what training finds"
 PAPERS = ("fan", "liguo", "merrill24", "staircase", "brt", "fam")
-PERMS = list(permutations(range(3)))
-STEP = np.array([[PERMS.index(tuple(p[i] for i in move)) for move in ((1, 0, 2), (1, 2, 0))] for p in PERMS])  # [6, 2]
+TOKENS, PRODUCTS = permutation_group(3)
+STEP = PRODUCTS[:, TOKENS[1:]]  # [6, 2]
 
 
 def batches(seed: int, size: int, length: int) -> Iterator[tuple[Array, Array]]:

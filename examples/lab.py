@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +259,24 @@ def with_interval(samples: Sequence[float] | Array) -> str:
     return ranged(interval(samples))
 
 
-def ranged(three: Sequence[float] | Array) -> str:
-    """A mean and the ends of its interval as text."""
-    mean, low, high = three
-    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+def ranged(three: Sequence[float] | Array, form: str = ".3g") -> str:
+    """A mean and the ends of its interval as text, each in that format."""
+    mean, low, high = (format(x, form) for x in three)
+    return f"{mean} [{low}, {high}]"
+
+
+def normed(h: Array) -> Array:
+    """Each vector [..., D] divided by the root of its mean square."""
+    return h / np.sqrt((h * h).mean(axis=-1, keepdims=True))
+
+
+def permutation_group(n: int) -> tuple[Array, Array]:
+    """The permutations of n things by number: those of the tokens 0 to 2 (nothing, the first two swapped, all turned), [3];
+    and the product of any two, first the row's and then the column's, [n!, n!]."""
+    perms = list(permutations(range(n)))
+    index = {perm: i for i, perm in enumerate(perms)}
+    tokens = [index[perm] for perm in (perms[0], (1, 0, *range(2, n)), (*range(1, n), 0))]
+    return np.array(tokens), np.array([[index[tuple(a[i] for i in b)] for b in perms] for a in perms])
 
 
 def spearman(x: Array, y: Array) -> float:
