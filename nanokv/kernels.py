@@ -29,6 +29,7 @@ from nanokv.microkernel import (
     fma,
     from_bits,
     kernel,
+    named,
     packed_tile,
     row_max,
     row_sum,
@@ -209,6 +210,7 @@ def _rows_of(columns):
     """A function for tiles of so many columns: y[r, c] = fma(x[r, k], w[k, c], y[r, c]), k ascending, for n_rows rows."""
 
     @numba.njit(**OPTIONS)
+    @named(str(columns))
     def rows(x, x_at, x_row, n_rows, w, w_at, w_row, n_k, y, y_at, y_row):
         while n_rows >= MAX_ROWS:
             tile(MAX_ROWS, columns, x, x_at, x_row, w, w_at, w_row, n_k, y, y_at, y_row)
@@ -264,10 +266,12 @@ def _packed_rows_of(kind):
     dot, unpack = packed_tile(kind, one_row=True), packed_tile(kind, one_row=False)
 
     @numba.njit(**OPTIONS)
+    @named(kind)
     def packed_row(x, weights, at, n_k, y, y_at):
         dot(x, 0, weights, at, n_k // GROUP, y, y_at)
 
     @numba.njit(**OPTIONS)
+    @named(kind)
     def packed_rows(x, weights, at, n_k, n_rows, sums):
         panel = np.empty(n_k * PANEL, F)
         unpack(weights, at, n_k // GROUP, panel, 0)
@@ -276,11 +280,12 @@ def _packed_rows_of(kind):
     return packed_row, packed_rows
 
 
-def _panel_of(one_row, rows):
+def _panel_of(kind, one_row, rows):
     """One panel of one job (a row of a Job's table) for all T rows of x; y is flat, a matrix's [T, N] after another's, and
     holds 0 if T is 1, so that a panel can be summed where it belongs."""
 
     @numba.njit(**OPTIONS)
+    @named(kind)
     def panel(x, weights, job, bias, y):
         n_rows, n_k = x.shape
         at, before, column, n = job
@@ -315,7 +320,7 @@ def _linears_parallel(x, weights, table, bias, y):
 @lru_cache
 def _linears_of(kind):
     """The kernels for matrices of a kind, for little work and for much; compiled when a model first has that kind."""
-    panel = _panel_of(*((_float_row, _float_rows) if kind == "F32" else _packed_rows_of(kind)))
+    panel = _panel_of(kind, *((_float_row, _float_rows) if kind == "F32" else _packed_rows_of(kind)))
     signature = f"void({F2},{F1 if kind == 'F32' else 'u1[::1]'},{I2},{F1},{F1})"
     much = kernel(signature, parallel=True)(specialised(_linears_parallel, kind, panel=panel))
     return (kernel(signature)(specialised(_linears, kind, panel=panel)) if kind == "F32" else much), much

@@ -526,6 +526,20 @@ def specialised(function: Callable[..., Any], name: str, **names: Any) -> Callab
     return bound
 
 
+def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A name of its own for a function that is made several times over, each time bound to other things.
+
+    Compiled code is kept on the disk, and that of several processes is linked by name. Of two functions of one name, which
+    two processes compiled, only one would be called. Names beside this differ by a count that starts anew in each process.
+    """
+
+    def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__name__ = function.__qualname__ = f"{function.__name__}_{name}"
+        return function
+
+    return renamed
+
+
 @contextmanager
 def _announced(function: Callable[..., Any]) -> Iterator[None]:
     """On a terminal, say what takes so long: a kernel that is not kept yet."""
