@@ -18,6 +18,7 @@ from models import CONFIGS, model, tokens, weights
 from test_transformer import States, run_in_parts, splits
 
 import nanokv
+from nanokv import kernels
 from nanokv.cache import KVCache
 from nanokv.config import Config, Rope
 from nanokv.errors import NanokvError
@@ -253,3 +254,14 @@ def test_smollm2_has_the_same_bits_split_packed_and_dequantised() -> None:
     assert same_runs(run_in_parts(plain, ids, [50, 1, 1, 28]), whole)
     assert same_runs(run_in_parts(packed, ids, [33, 1, 46]), whole)
     assert packed.fingerprint == plain.fingerprint
+
+
+def test_functions_that_a_factory_makes_for_each_kind_have_names_of_their_own() -> None:
+    """One process had compiled for Q8_0, another for Q4_1; a third, which read both from the disk, multiplied Q4_1 as if it
+    were Q8_0 and got NaN. Compiled code is linked by name, and the count that sets equal names apart starts anew in each
+    process."""
+    made = [function for kind in ("Q8_0", "Q4_1", "Q6_K") for function in kernels._packed_rows_of(kind)]
+    made += [kernels._panel_of(kind, *kernels._packed_rows_of(kind)) for kind in ("Q8_0", "Q4_1", "Q6_K")]
+    made += [kernels._panel_rows, kernels._block_rows]
+    names = [function.py_func.__qualname__ for function in made]
+    assert len(set(names)) == len(names), names
