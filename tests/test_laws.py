@@ -386,3 +386,13 @@ def test_the_edits_table_says_what_was_done() -> None:
     table = intervened(edits, "numpy").edits
     rows = list(zip(*(table[name].tolist() for name in ("kind", "site", "layer", "head", "pos", "src")), strict=True))
     assert rows == [("cut", "pattern", 1, 3, 5, 2), ("replace", "v", 0, -1, 2, -1), ("add", "mlp_out", 1, -1, 5, -1)]
+
+
+def test_a_trace_without_a_call_is_told_by_the_command_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A disk that was full at the first call leaves trace.json alone; the command ended in an IndexError."""
+    with Recorder(tmp_path / "a.nkv", level="weights") as recorder:
+        model(LLAMA).forward([1, 2], observer=recorder)
+    for step in (tmp_path / "a.nkv").glob("*.safetensors"):
+        step.unlink()
+    assert main(["check", str(tmp_path / "a.nkv")]) == 2
+    assert "holds no call" in capsys.readouterr().err

@@ -69,14 +69,14 @@ class Broken:
 
 def check(trace: Trace) -> list[Broken]:
     """The laws that the trace breaks; [] if all that it can show hold. TraceError if it holds no call."""
-    if not len(trace.steps):
-        raise TraceError("the trace holds no call: there is nothing to check")
     found = (broken_by(trace, law) for law in LAWS if untested(trace, law) is None)
     return [broken for broken in found if broken is not None]
 
 
 def broken_by(trace: Trace, law: Law) -> Broken | None:
-    """What a trace breaks of one law that it can test."""
+    """What a trace breaks of one law that it can test. TraceError if it holds no call."""
+    if not len(trace.steps):
+        raise TraceError("the trace holds no call: there is nothing to check")
     found = list(islice(law.test(trace), MOST))
     return Broken(law.name, tuple(name for name, _ in found), tuple(note for _, note in found)) if found else None
 
